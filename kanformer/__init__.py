@@ -1,0 +1,58 @@
+"""kanformer turns the feed-forward blocks of Hugging Face transformers into Kolmogorov-Arnold networks.
+
+Importing it registers the `kan` checkpoints with transformers (when transformers itself is imported) and loads nothing else;
+every public name is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kanformer.surgery import register as _register
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "KANConfig": "kanformer.config",
+    "KANLinear": "kanformer.layers",
+    "SharedKANLinear": "kanformer.layers",
+    "KANFeedForward": "kanformer.layers",
+    "FFNSpec": "kanformer.surgery.spec",
+    "plan_surgery": "kanformer.surgery.plan",
+    "patch_model": "kanformer.surgery.apply",
+    "unpatch_model": "kanformer.surgery.restore",
+    "compare": "kanformer.surgery.compare",
+    "collect": "kanformer.interpret",
+    "plot_layer": "kanformer.interpret",
+    "plot_model": "kanformer.interpret",
+    "KanformerError": "kanformer.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from kanformer.config import KANConfig
+    from kanformer.errors import KanformerError
+    from kanformer.interpret import collect, plot_layer, plot_model
+    from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
+    from kanformer.surgery.apply import patch_model
+    from kanformer.surgery.compare import compare
+    from kanformer.surgery.plan import plan_surgery
+    from kanformer.surgery.restore import unpatch_model
+    from kanformer.surgery.spec import FFNSpec
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kanformer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+_register.register()

@@ -1,0 +1,34 @@
+"""What an edge function is: one file per basis. A file that defines a `Basis` subclass with a `name` is found by itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from kanformer.errors import ConfigError, did_you_mean
+
+
+def available() -> tuple[str, ...]:
+    """Names of the bases, sorted: the names of this folder's files."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base"))
+
+
+@functools.cache
+def _basis_class(name: str):
+    from kanformer.bases.base import Basis
+
+    if name not in available():
+        raise ConfigError("find a basis", got=repr(name), hint=did_you_mean(name, available()))
+    module = importlib.import_module(f"{__name__}.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Basis) and getattr(value, "name", None) == name:
+            return value
+    raise ConfigError("find a basis", subject=module.__name__, expected=f"a Basis subclass with name = {name!r}")
+
+
+def make_basis(name: str, grid_size: int = 8, spline_order: int = 3):
+    """The basis called `name` with G = grid_size intervals and degree k = spline_order."""
+    if grid_size < 1 or spline_order < 0:
+        raise ConfigError("make a basis", got=f"grid_size={grid_size}, spline_order={spline_order}", expected="grid_size >= 1 and spline_order >= 0")
+    return _basis_class(name)(grid_size=grid_size, spline_order=spline_order)

@@ -1,0 +1,109 @@
+"""The three starting points of a KAN-FFN: exact, pruned and refitted, random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kanformer.config import KANConfig
+from kanformer.conversion.dense import DenseFFN
+from kanformer.conversion.prune import prune_channels
+from kanformer.conversion.statistics import FFNStatistics
+from kanformer.conversion.widths import mlp_parameters, width_within
+from kanformer.errors import ConfigError
+from kanformer.layers import KANFeedForward
+from kanformer.layers.edge_functions import EdgeFunctions
+from kanformer.layers.feed_forward import copy_linear
+from kanformer.layers.kan_linear import KANLinear
+
+
+def hidden_width(dense: DenseFFN, config: KANConfig) -> int:
+    """The hidden width that `config` asks for in the place of `dense`.
+
+    Raises:
+        ConfigError: the budget is too small, or the groups do not divide the width.
+    """
+    form = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
+    budget = mlp_parameters(dense.in_features, dense.hidden_features, **form)
+    if config.param_ratio is not None:
+        form["down_bias"] = True  # the refit puts the removed channels' means there
+        width = width_within(int(config.param_ratio * budget), dense.in_features, config, **form)
+        return min(width, dense.hidden_features)
+    if config.width == "match":
+        return width_within(budget, dense.in_features, config, **form)
+    width = config.width if isinstance(config.width, int) else dense.hidden_features
+    if config.groups is not None and width % config.groups:
+        raise ConfigError("split the hidden channels into groups", got=f"groups={config.groups} for {width} channels", expected=f"a divisor of {width}")
+    return width
+
+
+def empty_block(dense: DenseFFN, config: KANConfig, hidden: int, *, down_bias: bool, device=None) -> KANFeedForward:
+    """The KAN-FFN of this shape with unset weights, on `device` (default: where the MLP is) and in the MLP's dtype."""
+    return KANFeedForward(
+        dense.in_features,
+        hidden,
+        activation=dense.activation,
+        gated=dense.gated,
+        up_bias=dense.up_bias is not None,
+        down_bias=down_bias,
+        config=config,
+        hidden_dropout=dense.hidden_dropout,
+        output_dropout=dense.output_dropout,
+        device=dense.up_weight.device if device is None else device,
+        dtype=dense.up_weight.dtype,
+    )
+
+
+@torch.no_grad()
+def convert(dense: DenseFFN, config: KANConfig, statistics: FFNStatistics | None = None) -> KANFeedForward:
+    """Builds the KAN-FFN that takes the place of `dense`.
+
+    Args:
+        statistics: needed by init="prune"; with any init they set the grids to the data's ranges.
+
+    Raises:
+        ConfigError: init="prune" without statistics, or a width that does not fit.
+        DataError: statistics without tokens.
+    """
+    hidden = hidden_width(dense, config)
+    keep = torch.arange(dense.hidden_features, device=dense.up_weight.device)
+    if config.init == "prune":
+        if statistics is None:
+            raise ConfigError("prune", got="no calibration data", hint="Pass calibration=batches to patch_model.")
+        block = empty_block(dense, config, hidden, down_bias=True)
+        pruned = prune_channels(dense, statistics, hidden, config.ridge)
+        keep = pruned.keep
+        _copy_expanding(block, dense, keep)
+        copy_linear(block.kan_down, pruned.weight, pruned.bias)
+    else:
+        block = empty_block(dense, config, hidden, down_bias=dense.down_bias is not None)
+        if config.init == "random":
+            block.reset_parameters()
+        else:
+            _copy_expanding(block, dense, keep)
+            copy_linear(block.kan_down, dense.down_weight, dense.down_bias)
+    if statistics is not None and statistics.tokens and config.init != "random":
+        _set_grids(block, statistics, keep, config)
+    return block
+
+
+def _copy_expanding(block: KANFeedForward, dense: DenseFFN, keep: Tensor) -> None:
+    pairs = [(block.kan_up, dense.up_weight, dense.up_bias)]
+    if block.kan_gate is not None and dense.gate_weight is not None:
+        pairs.append((block.kan_gate, dense.gate_weight, dense.gate_bias))
+    for target, weight, bias in pairs:
+        copy_linear(target, weight[keep], None if bias is None else bias[keep])
+
+
+def _set_grids(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor, config: KANConfig) -> None:
+    """Moves every grid to the range of the data that reaches it; the splines are still zero."""
+    for name, module in block.spline_modules():
+        if name in ("kan_up", "kan_gate"):
+            lo, hi = statistics.inputs.grid_range(config.grid_range)
+        else:
+            source = statistics.hidden if name == "kan_down" and block.gated else statistics.preactivations
+            lo, hi = (bound[keep] for bound in source.grid_range(config.grid_range))
+        if isinstance(module, EdgeFunctions) and module.groups < module.channels:
+            lo, hi = lo.view(module.groups, -1).amin(1), hi.view(module.groups, -1).amax(1)
+        assert isinstance(module, EdgeFunctions | KANLinear)
+        module.set_grid_range(lo, hi)

@@ -1,0 +1,91 @@
+"""Which hidden channels to keep, and the down map that makes the best of them: closed form, from the covariance alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kanformer.conversion.dense import DenseFFN
+from kanformer.conversion.statistics import FFNStatistics
+
+_MAX_STEPS = 512  # of the elimination; wider blocks lose several channels per step
+
+
+@dataclass(frozen=True)
+class PrunedDown:
+    """The kept channels and their refitted down map.
+
+    Attributes:
+        keep: (n,) sorted indices of hidden channels.
+        weight: (d, n) and bias: (d,), float64.
+        error: expected squared error over the output's variance on the calibration data, 0 or more.
+    """
+
+    keep: Tensor
+    weight: Tensor
+    bias: Tensor
+    error: float
+
+
+@torch.no_grad()
+def prune_channels(dense: DenseFFN, statistics: FFNStatistics, n_keep: int, ridge: float) -> PrunedDown:
+    """Keeps `n_keep` hidden channels: the better of second-order elimination and ranking by std * |w|, then ridge refit.
+
+    The elimination is the optimal brain surgeon's (Hassibi and Stork 1993) on whole channels: removing channel j and
+    letting the others make up for it costs |w_j|^2 / (C^-1)_jj.
+
+    Args:
+        ridge: in units of the covariance's mean diagonal.
+    """
+    covariance, mean = statistics.covariance()
+    weight = dense.down_weight.double()
+    damped = covariance + _damping(covariance, ridge)
+    ranking = (covariance.diagonal().clamp(min=0).sqrt() * weight.norm(dim=0)).argsort(descending=True)
+    candidates = [eliminate(damped, weight, n_keep), ranking[:n_keep].sort().values]
+    fits = [_refit(covariance, mean, weight, dense.down_bias, keep, ridge) for keep in candidates]
+    return min(fits, key=lambda fit: fit.error)
+
+
+def eliminate(damped: Tensor, weight: Tensor, n_keep: int) -> Tensor:
+    """Sorted indices of the channels that are left after removing the cheapest ones step by step.
+
+    Args:
+        damped: (h, h) positive definite covariance, float64.
+        weight: (d, h) down map, float64.
+    """
+    alive = torch.arange(weight.shape[1], device=weight.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    weight = weight.clone()
+    per_step = max(1, -(-(alive.numel() - n_keep) // _MAX_STEPS))
+    while alive.numel() > n_keep:
+        count = min(per_step, alive.numel() - n_keep)
+        cost = weight.square().sum(0) / inverse.diagonal()
+        out = cost.topk(count, largest=False).indices
+        stay = torch.ones(alive.numel(), dtype=torch.bool, device=alive.device)
+        stay[out] = False
+        # Schur complement: what the rest must take over, and its inverse covariance.
+        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
+        weight = weight[:, stay] - weight[:, out] @ share
+        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ share
+        alive = alive[stay]
+    return alive
+
+
+def _damping(covariance: Tensor, ridge: float) -> Tensor:
+    mean_diagonal = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    # A floor of 1e-10 keeps dead and duplicate channels solvable when ridge is 0.
+    return torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device) * mean_diagonal * max(ridge, 1e-10)
+
+
+def _refit(covariance: Tensor, mean: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, ridge: float) -> PrunedDown:
+    kept = covariance[keep][:, keep]
+    cross = weight @ covariance[:, keep]
+    fitted = torch.cholesky_solve(cross.t(), torch.linalg.cholesky(kept + _damping(kept, ridge))).t()
+    new_bias = weight @ mean - fitted @ mean[keep]
+    if bias is not None:
+        new_bias = new_bias + bias.double()
+    total = torch.einsum("oi,ij,oj->", weight, covariance, weight)
+    left = total - 2 * (fitted * cross).sum() + ((fitted @ kept) * fitted).sum()
+    return PrunedDown(keep, fitted, new_bias, float((left / total).clamp(min=0)) if total > 0 else 0.0)

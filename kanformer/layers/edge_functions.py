@@ -1,0 +1,65 @@
+"""Learned one-variable functions applied elementwise, one per group of channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kanformer.bases import make_basis
+from kanformer.errors import ConfigError
+from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.grids import GridModule, check_input, check_sizes
+from kanformer.ops import edge_functions
+
+
+class EdgeFunctions(GridModule):
+    """psi_g(x) = b(x) + sum_c coef[g, c] * B[c](x), where channel i belongs to group g = i // (channels // groups).
+
+    Args:
+        channels: number of channels, the last dimension of the input.
+        groups: number of functions; None means one per channel. Must divide `channels`.
+        basis, grid_size, spline_order, grid_range: see `KANConfig`.
+        base: b, see `base_function`.
+
+    Shapes: input and output (..., channels). `kan_coef` (groups, n_basis) starts at zero, so psi starts as b.
+    Source: GR-KAN's group-wise functions, arXiv 2409.10594, with the KAN paper's splines.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int | None = None,
+        *,
+        basis: str = "bspline",
+        grid_size: int = 8,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-4.0, 4.0),
+        base: BaseFunction = "silu",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        groups = channels if groups is None else groups
+        check_sizes(self, channels=channels, groups=groups)
+        if channels % groups:
+            raise ConfigError("make EdgeFunctions", got=f"{groups} groups for {channels} channels", expected="groups that divide the channels")
+        self.channels, self.groups = channels, groups
+        self._register_grid(make_basis(basis, grid_size, spline_order), groups, grid_range, device)
+        self.kan_coef = nn.Parameter(torch.empty(groups, self.basis.n_basis, device=device, dtype=dtype))
+        self.base = base_function(base)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the coefficients to zero: psi is the base function."""
+        nn.init.zeros_(self.kan_coef)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, self.channels)
+        return self.base(x) + self.spline(x)
+
+    def spline(self, x: Tensor) -> Tensor:
+        """The learned part alone, (..., channels)."""
+        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, groups={self.groups}, basis={self.basis.name}, grid_size={self.basis.grid_size}, spline_order={self.basis.spline_order}"

@@ -1,0 +1,136 @@
+"""The KAN-FFN: the one module that stands where a transformer's MLP stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.edge_functions import EdgeFunctions
+from kanformer.layers.grids import check_input, check_sizes
+from kanformer.layers.kan_linear import KANLinear
+
+if TYPE_CHECKING:
+    from kanformer.config import KANConfig
+
+
+class KANFeedForward(nn.Module):
+    """Two KAN maps d -> h -> d, plain or gated.
+
+    With shared edges: down(psi(up(x))), gated down(psi(gate(x)) * up(x)), psi a learned function per group of
+    hidden channels. With full edges every map is a `KANLinear`, and the activation is the base of the down map
+    (plain) or stays fixed between the maps (gated). With edges="mlp" nothing is learned but the linear maps: the
+    control of every comparison.
+
+    Args:
+        in_features: d, the width of the model.
+        hidden_features: h.
+        activation: the old block's activation, the base of psi, see `base_function`.
+        gated: whether a second linear map multiplies the hidden channels.
+        up_bias, down_bias: biases of the gate and up maps, and of the down map.
+        config: the edges, basis and grid; None means `KANConfig()`.
+        hidden_dropout, output_dropout: probabilities, after the hidden channels and after the down map.
+
+    Shapes: input and output (..., in_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        activation: BaseFunction = "silu",
+        gated: bool = False,
+        up_bias: bool = True,
+        down_bias: bool = True,
+        config: KANConfig | None = None,
+        hidden_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if config is None:
+            from kanformer.config import KANConfig
+
+            config = KANConfig()
+        check_sizes(self, in_features=in_features, hidden_features=hidden_features)
+        self.in_features, self.hidden_features = in_features, hidden_features
+        self.gated, self.edges = gated, config.edges
+        factory = {"device": device, "dtype": dtype}
+        full = {"basis": config.basis, "grid_size": config.grid_size, "spline_order": config.spline_order, "grid_range": config.grid_range}
+
+        def expand(base: BaseFunction = "identity") -> nn.Module:
+            if config.edges == "full":
+                return KANLinear(in_features, hidden_features, bias=up_bias, base=base, **full, **factory)
+            return nn.Linear(in_features, hidden_features, bias=up_bias, **factory)
+
+        self.kan_gate = expand() if gated else None
+        self.kan_up = expand()
+        activation = base_function(activation)
+        if config.edges == "shared":
+            self.kan_functions: nn.Module = EdgeFunctions(hidden_features, config.groups, base=activation, **full, **factory)
+        else:
+            # Plain full edges carry the activation as the base of the down map.
+            self.kan_functions = nn.Identity() if config.edges == "full" and not gated else activation
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        if config.edges == "full":
+            base = "identity" if gated else activation
+            self.kan_down: nn.Module = KANLinear(hidden_features, in_features, bias=down_bias, base=base, **full, **factory)
+        else:
+            self.kan_down = nn.Linear(hidden_features, in_features, bias=down_bias, **factory)
+        self.output_dropout = nn.Dropout(output_dropout)
+
+    def reset_parameters(self) -> None:
+        """Starts from random weights, as for training from scratch; functions start at the activation."""
+        for module in (self.kan_gate, self.kan_up, self.kan_functions, self.kan_down):
+            if isinstance(module, nn.Linear):
+                bound = math.sqrt(3.0 / module.in_features)
+                nn.init.uniform_(module.weight, -bound, bound)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, EdgeFunctions | KANLinear):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, self.in_features)
+        return self.output_dropout(self.kan_down(self.hidden_dropout(self.hidden(x))))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden channels that the down map reads, (..., hidden_features)."""
+        if self.kan_gate is None:
+            return self.kan_functions(self.kan_up(x))
+        return self.kan_functions(self.kan_gate(x)) * self.kan_up(x)
+
+    def spline_modules(self) -> Iterator[tuple[str, EdgeFunctions | KANLinear]]:
+        """(name, module) of the children that carry learned functions."""
+        for name, module in self.named_children():
+            if isinstance(module, EdgeFunctions | KANLinear):
+                yield name, module
+
+    def spline_parameters(self) -> Iterator[nn.Parameter]:
+        """The coefficients of the learned functions: to be trained without weight decay."""
+        for _, module in self.spline_modules():
+            yield module.kan_coef
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, hidden_features={self.hidden_features}, gated={self.gated}, edges={self.edges}"
+
+
+@torch.no_grad()
+def copy_linear(target: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Puts an (out, in) weight and a bias into a linear map, or into the base of a `KANLinear` whose splines become zero."""
+    if isinstance(target, KANLinear):
+        target.kan_base_weight.copy_(weight)
+        target.kan_coef.zero_()
+        target_bias: Tensor | None = target.kan_bias
+    else:
+        assert isinstance(target, nn.Linear)
+        target.weight.copy_(weight)
+        target_bias = target.bias
+    if target_bias is not None:
+        target_bias.zero_() if bias is None else target_bias.copy_(bias)

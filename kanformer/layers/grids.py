@@ -1,0 +1,65 @@
+"""The grid buffer that every spline layer carries: its check, its precision, its range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kanformer.bases.base import Basis
+from kanformer.errors import ConfigError, ShapeError
+
+
+class GridModule(nn.Module):
+    """A module with `basis` and one persistent `kan_grid` (rows, grid_points), kept in float32 when the model is cast to less."""
+
+    basis: Basis
+    kan_grid: Tensor
+
+    def _register_grid(self, basis: Basis, rows: int, grid_range: tuple[float, float], device) -> None:
+        lo, hi = grid_range
+        if not lo < hi:
+            raise ConfigError("make a grid", got=f"range ({lo}, {hi})", expected="lo < hi")
+        self.basis = basis
+        ends = [torch.full((rows,), float(bound), dtype=torch.float32, device=device) for bound in (lo, hi)]
+        self.register_buffer("kan_grid", basis.make_grid(*ends))
+
+    @property
+    def grid_bounds(self) -> tuple[Tensor, Tensor]:
+        """(lo, hi) of the grids, each (rows,)."""
+        return self.basis.grid_bounds(self.kan_grid)
+
+    @torch.no_grad()
+    def set_grid_range(self, lo: Tensor, hi: Tensor) -> None:
+        """Moves the grids to the ranges [lo, hi], each (rows,). The coefficients stay, so call it before they are trained.
+
+        Raises:
+            ShapeError: wrong shapes, or lo >= hi somewhere.
+        """
+        rows = self.kan_grid.shape[0]
+        if lo.shape != (rows,) or hi.shape != (rows,) or not bool((lo < hi).all()):
+            raise ShapeError("set the range of a grid", got=f"lo {tuple(lo.shape)}, hi {tuple(hi.shape)}", expected=f"two tensors ({rows},) with lo < hi")
+        grid = self.basis.make_grid(lo.to(torch.float32), hi.to(torch.float32))
+        self.kan_grid.copy_(grid.to(device=self.kan_grid.device))
+
+    def _apply(self, fn, recurse: bool = True):
+        before = self.kan_grid
+        super()._apply(fn, recurse)
+        if self.kan_grid.dtype.itemsize < 4 and not before.is_meta:
+            # Half a mantissa would move the knots: every path evaluates the spline argument in float32.
+            self.kan_grid = before.to(device=self.kan_grid.device, dtype=torch.float32)
+        return self
+
+
+def check_input(module: nn.Module, x: Tensor, features: int) -> None:
+    """Raises ShapeError unless x is floating point with `features` in its last dimension."""
+    if not x.is_floating_point():
+        raise ShapeError(f"apply {type(module).__name__}", got=f"input of dtype {x.dtype}", expected="a floating-point tensor")
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ShapeError(f"apply {type(module).__name__}", got=f"input of shape {tuple(x.shape)}", expected=f"(..., {features})")
+
+
+def check_sizes(module: nn.Module, **sizes: int) -> None:
+    """Raises ConfigError unless every size is an integer >= 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"make {type(module).__name__}", got=f"{name}={value!r}", expected="an integer >= 1")

@@ -1,0 +1,76 @@
+"""A KAN map with a function on every edge."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kanformer.bases import make_basis
+from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.grids import GridModule, check_input, check_sizes
+from kanformer.ops import full_edges
+
+
+class KANLinear(GridModule):
+    """y[o] = bias[o] + sum_i (base_weight[o, i] * b(x_i) + sum_c coef[o, c, i] * B[c](x_i)).
+
+    Args:
+        in_features, out_features: widths.
+        basis, grid_size, spline_order, grid_range: see `KANConfig`; one grid per input.
+        base: b, see `base_function`.
+        bias: whether to add one number per output.
+
+    Shapes: input (..., in_features), output (..., out_features), in the input's dtype.
+    State: `kan_base_weight` (out, in), `kan_coef` (out, n_basis, in), `kan_bias` (out,), `kan_grid` (in, points).
+    Source: arXiv 2404.19756, equations 2.10-2.11, the scale w_s folded into the coefficients.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        basis: str = "bspline",
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-4.0, 4.0),
+        base: BaseFunction = "silu",
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_sizes(self, in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self._register_grid(make_basis(basis, grid_size, spline_order), in_features, grid_range, device)
+        factory = {"device": device, "dtype": dtype}
+        self.kan_base_weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+        self.kan_coef = nn.Parameter(torch.empty(out_features, self.basis.n_basis, in_features, **factory))
+        self.kan_bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.base = base_function(base)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Base weights as in nn.Linear scaled for unit output variance, small noise on the splines, zero bias."""
+        bound = math.sqrt(3.0 / self.in_features)
+        nn.init.uniform_(self.kan_base_weight, -bound, bound)
+        nn.init.normal_(self.kan_coef, std=0.1 / math.sqrt(self.in_features))
+        if self.kan_bias is not None:
+            nn.init.zeros_(self.kan_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(self, x, self.in_features)
+        return F.linear(self.base(x), self.kan_base_weight, self.kan_bias) + self.spline(x)
+
+    def spline(self, x: Tensor) -> Tensor:
+        """The sum of the learned parts alone, (..., out_features)."""
+        return full_edges(x, self.kan_coef, self.kan_grid, self.basis)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.kan_bias is not None}, "
+            f"basis={self.basis.name}, grid_size={self.basis.grid_size}, spline_order={self.basis.spline_order}"
+        )

@@ -1,0 +1,55 @@
+"""Finding the feed-forward blocks of a model by the specs that are known or given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from kanformer.errors import NoFeedForwardError
+from kanformer.surgery.architectures import all_specs
+from kanformer.surgery.sites import Site
+from kanformer.surgery.spec import FFNSpec
+
+_LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|fc1|c_fc|(up|gate)_proj|dense_h_to_4h|experts", re.IGNORECASE)
+
+
+def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list[Site]:
+    """Every block of `model` whose owner's class matches a spec; a module that hangs in several places counts once.
+
+    Raises:
+        NoFeedForwardError: none; the message lists what was looked for and how to give a spec.
+    """
+    known = tuple(specs) if specs else all_specs()
+    patterns = [(re.compile(spec.owner), spec) for spec in known]
+    sites = []
+    for path, module in model.named_modules():
+        spec = next((spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)), None)
+        if spec is not None:
+            sites.append(Site(model, path, spec))
+    if not sites:
+        raise NoFeedForwardError("find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC)
+    return sites
+
+
+HOW_TO_GIVE_A_SPEC = (
+    "Describe the block yourself: patch_model(model, specs=[kanformer.FFNSpec(name='mine', owner='MyMLP', up='fc1', activation='act', down='fc2')]), "
+    "where owner is the class that holds the two linear maps"
+)
+
+
+def _looked_for(specs: Sequence[FFNSpec]) -> str:
+    return "one of " + "; ".join(f"{spec.name} ({spec.owner} with {', '.join(spec.parts)})" for spec in specs)
+
+
+def _found(model: nn.Module) -> str:
+    likely = {}
+    for path, module in model.named_modules():
+        name = path.rsplit(".", 1)[-1]
+        if _LIKELY.search(name) or _LIKELY.search(type(module).__name__):
+            likely.setdefault(type(module).__name__, path)
+    if likely:
+        return "no known block; these look like one: " + ", ".join(f"{cls} at {path or '(the model itself)'}" for cls, path in list(likely.items())[:8])
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    return f"no known block among its classes {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"

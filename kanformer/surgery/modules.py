@@ -1,0 +1,51 @@
+"""Small operations on module trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def get_path(root: Any, path: str) -> Any:
+    """The attribute at a dotted path; the root itself for "". Raises AttributeError."""
+    for name in path.split(".") if path else ():
+        root = getattr(root, name)
+    return root
+
+
+def join(*parts: str) -> str:
+    """A dotted path from its non-empty parts."""
+    return ".".join(part for part in parts if part)
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether this is transformers' Conv1D, a linear map with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight (out, in), bias) of an nn.Linear or Conv1D."""
+    weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
+    bias = None if module.bias is None else module.bias.detach()  # type: ignore[union-attr,operator]
+    return (weight.t() if is_conv1d(module) else weight), bias  # type: ignore[return-value]
+
+
+def references(root: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every (parent, name) under which `child` hangs below `root`."""
+    return [(parent, name) for parent in root.modules() for name, module in parent._modules.items() if module is child]
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a dotted path, the layer's."""
+    return next((int(name) for name in path.split(".") if name.isdigit()), None)
+
+
+def mark_initialized(root: nn.Module, path: str, block: nn.Module) -> None:
+    """Tells transformers' weight initialisation to leave a new block alone, and not to reach into it from its ancestors."""
+    for module in block.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    names = path.split(".")
+    for depth in range(len(names)):
+        get_path(root, ".".join(names[:depth]))._is_hf_initialized = True
+

@@ -1,0 +1,130 @@
+"""Loading patched checkpoints: transformers' quantizer plug-in point, used as a hook and detached afterwards."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kanformer.conversion.build import empty_block
+from kanformer.errors import CheckpointError, SurgeryError
+from kanformer.layers import KANFeedForward
+from kanformer.surgery.apply import swap
+from kanformer.surgery.modules import join
+from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
+from kanformer.surgery.sentinel import add_sentinel
+from kanformer.surgery.sites import Site
+
+logger = logging.getLogger(__name__)
+
+
+class KANQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a patched checkpoint: not a quantization, but the same slot."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.values = {**values, "quant_method": QUANT_METHOD}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self.values)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class KANQuantizer(HfQuantizer):
+    """Builds the KAN-FFNs on the empty model before its weights are loaded."""
+
+    def __init__(self, quantization_config: KANQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise SurgeryError("patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model).")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # From here on it is an ordinary model: Trainer, .half() and save_pretrained(state_dict=...) work as with any other.
+        for name in ("hf_quantizer", "quantization_method"):
+            if name in model.__dict__:
+                delattr(model, name)
+        model.is_quantized = False  # type: ignore[assignment]
+        config = model.config
+        config.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+        if hasattr(config, "_is_quantized"):
+            delattr(config, "_is_quantized")
+        for block in model.modules():
+            if isinstance(block, KANFeedForward):
+                block.train(model.training)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def rebuild(model: nn.Module, record: PatchRecord) -> None:
+    """Swaps empty KAN-FFNs into a freshly built, unpatched model (on the meta device as a rule).
+
+    Raises:
+        CheckpointError: a recorded block is not in this model class, or has another shape.
+    """
+    pairs = [(site, _empty(site, entry, record)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    swap(model, pairs, record)
+    record.undo, record.attributes = [], []
+    set_record(model, record)
+
+
+def _locate(model: nn.Module, entry: SiteRecord) -> Site:
+    prefix = getattr(model, "base_model_prefix", "")
+    slot = entry.spec.slot
+    owner = entry.path.removesuffix(slot).removesuffix(".") if slot else entry.path
+    modules = dict(model.named_modules())
+    for path in (join(prefix, owner), owner):
+        if path in modules:
+            site = Site(model, path, entry.spec)
+            problem = site.problem()
+            if problem is None:
+                return site
+            raise CheckpointError("load the KAN checkpoint", subject=f"{type(model).__name__}, {path}", got=f"a block that {problem}", expected=f"a block as described by the spec {entry.spec.name!r}")
+    raise CheckpointError("load the KAN checkpoint", subject=type(model).__name__, got=f"no module at {entry.path}", hint="config.json and this model class do not fit together; load it with the class it was saved from.")
+
+
+def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward:
+    dense = site.dense()
+    if dense.hidden_features != entry.mlp_hidden:
+        raise CheckpointError("load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}")
+    with torch.device(dense.up_weight.device):
+        block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
+    add_sentinel(block, entry.spec)
+    return block
+
+
+def register_with_transformers() -> None:
+    """Enters the `kan` method into transformers' tables; calling it again does nothing."""
+    if QUANT_METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(KANQuantizationConfig)
+        auto.register_quantizer(QUANT_METHOD)(KANQuantizer)

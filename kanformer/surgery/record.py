@@ -1,0 +1,127 @@
+"""What a patched model remembers of its surgery: enough to save it, to rebuild it on an empty model, and to undo it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from kanformer.config import KANConfig
+from kanformer.errors import CheckpointError, ConfigError, SurgeryError
+from kanformer.surgery.spec import FFNSpec
+
+_ATTRIBUTE = "_kanformer_record"
+QUANT_METHOD = "kan"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One replaced block.
+
+    Attributes:
+        path: of the KAN-FFN, relative to the base model (so that it holds for AutoModel and AutoModelForCausalLM alike).
+        spec: how the family writes its block.
+        hidden: the KAN-FFN's width. mlp_hidden: the MLP's.
+        down_bias: whether the KAN-FFN's down map has a bias. mlp_down_bias: whether the MLP's had.
+    """
+
+    path: str
+    spec: FFNSpec
+    hidden: int
+    mlp_hidden: int
+    down_bias: bool
+    mlp_down_bias: bool
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], specs: list[FFNSpec]) -> SiteRecord:
+        """Reads what `to_dict` wrote; `spec` is a number in the list of specs."""
+        action, known = "read the patched blocks from config.json", {field.name: field.type for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(known):
+            raise CheckpointError(action, got=f"an entry {values!r}", expected=f"an object with the keys {sorted(known)}")
+        spec, widths = values["spec"], (values["hidden"], values["mlp_hidden"])
+        good = isinstance(values["path"], str) and type(spec) is int and 0 <= spec < len(specs)
+        good = good and all(type(width) is int and width >= 1 for width in widths)
+        if not good or not all(type(values[name]) is bool for name in ("down_bias", "mlp_down_bias")):
+            raise CheckpointError(action, got=f"wrong values in {values}", expected=f"a path, widths >= 1, two booleans and a spec number below {len(specs)}")
+        return cls(**{**values, "spec": specs[spec]})
+
+    def to_dict(self, specs: list[FFNSpec]) -> dict[str, Any]:
+        """Plain JSON values; the spec is stored once, in `specs`."""
+        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "spec": specs.index(self.spec)}
+
+
+@dataclass
+class PatchRecord:
+    """All replaced blocks, the config, and (unless they were dropped) what stood there before.
+
+    Attributes:
+        undo: (parent path, name, original module) of every swapped child, empty when the originals were not kept.
+        attributes: (owner path, name, value) of plain attributes that were changed.
+    """
+
+    config: KANConfig
+    sites: tuple[SiteRecord, ...]
+    undo: list[tuple[str, str, nn.Module]] = field(default_factory=list)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that goes into config.json as `quantization_config`."""
+        specs = list(dict.fromkeys(site.spec for site in self.sites))
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": RECORD_VERSION,
+            "config": self.config.to_dict(),
+            "specs": [spec.to_dict() for spec in specs],
+            "sites": [site.to_dict(specs) for site in self.sites],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PatchRecord:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: a newer version, missing or foreign keys, wrong types.
+        """
+        action = "read the KAN part of config.json"
+        if values.get("version") != RECORD_VERSION:
+            raise CheckpointError(action, got=f"version {values.get('version')!r}", expected=str(RECORD_VERSION), hint="It was written by another kanformer; install that version or a newer one.")
+        unknown = set(values) - {"quant_method", "version", "config", "specs", "sites"}
+        lists = all(isinstance(values.get(name), list) and values[name] for name in ("specs", "sites"))
+        if unknown or not lists or not isinstance(values.get("config"), dict) or not all(isinstance(spec, dict) for spec in values["specs"]):
+            raise CheckpointError(action, got=f"keys {sorted(values)}", expected="quant_method, version, config (an object), specs and sites (lists of objects)")
+        try:
+            specs = [FFNSpec.from_dict(spec) for spec in values["specs"]]
+            return cls(KANConfig.from_dict(values["config"]), tuple(SiteRecord.from_dict(site, specs) for site in values["sites"]))
+        except ConfigError as error:
+            raise CheckpointError(action, got=str(error)) from error
+
+
+def set_record(model: nn.Module, record: PatchRecord | None) -> None:
+    """Remembers the surgery on the model and in its config (nothing of it is in the state dict)."""
+    if record is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = record
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if record is not None:
+        config.quantization_config = record.to_dict()
+    elif getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+
+
+def get_record(model: nn.Module, action: str) -> PatchRecord:
+    """The record of the model, or of the part of it that was patched.
+
+    Raises:
+        SurgeryError: the model is not patched.
+    """
+    for module in model.modules():
+        record = module.__dict__.get(_ATTRIBUTE)
+        if record is not None:
+            return record
+    raise SurgeryError(action, subject=type(model).__name__, got="a model that is not patched", hint="Call kanformer.patch_model(model) first.")

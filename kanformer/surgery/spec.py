@@ -1,0 +1,73 @@
+"""Where a family keeps its feed-forward block: a handful of attribute paths, checked against the real model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from kanformer.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """One way of writing a feed-forward block, relative to the module that owns its parts.
+
+    Attributes:
+        name: for plans and messages.
+        owner: regular expression that the whole class name of the owner must match.
+        up, down: paths from the owner to the two linear maps (for a gated block `up` is the factor without activation).
+        activation: path to the activation, a module or function.
+        gate: path to the map that the activation reads, for a gated block.
+        slot: path to the module whose place the KAN-FFN takes; "" is the owner itself.
+        identities: paths of the other parts, which become `nn.Identity`.
+        hidden_dropout: path to a dropout module or probability that the owner applies to the hidden channels.
+        output_dropout: path to a dropout module inside the replaced forward, after the down map.
+    """
+
+    name: str
+    owner: str
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    slot: str = ""
+    identities: tuple[str, ...] = ()
+    hidden_dropout: str | None = None
+    output_dropout: str | None = None
+
+    @property
+    def structure(self) -> str:
+        """ "module" (the block is a module of its own), "split" (over two modules) or "inline" (in the layer's forward)."""
+        if not self.slot:
+            return "module"
+        return "inline" if self.slot == (self.gate or self.up) else "split"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Paths that must exist in the owner."""
+        return tuple(path for path in (self.gate, self.up, self.activation, self.down, self.hidden_dropout, self.output_dropout) if path)
+
+    @property
+    def sentinel(self) -> str:
+        """Path from the slot of the linear map whose name the sentinel tensor takes; "" when the slot is that map."""
+        first = self.gate or self.up
+        if not self.slot:
+            return first
+        return first.removeprefix(self.slot).removeprefix(".")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FFNSpec:
+        """Reads what `to_dict` wrote; unknown or missing keys are an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError("read a feed-forward spec", got=f"unknown key {key!r}", hint=did_you_mean(key, known))
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        except TypeError as error:
+            raise ConfigError("read a feed-forward spec", got=str(error)) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
