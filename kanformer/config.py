@@ -79,6 +79,8 @@ class KANConfig:
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))):
                 self._fail(name, "None, a regular expression or a list of globs")
+        if not isinstance(self.keep_original, bool):
+            self._fail("keep_original", "True or False")
 
     def _check_numbers(self) -> None:
         for name, low in (("grid_size", 1), ("spline_order", 0)):
@@ -92,7 +94,8 @@ class KANConfig:
             self._fail("grid_range", "two finite numbers lo < hi")
         if not _is_number(self.ridge) or self.ridge < 0:
             self._fail("ridge", "a finite number >= 0")
-        if self.layers_to_transform is not None and not all(_is_int(v) and v >= 0 for v in self.layers_to_transform):
+        layers = self.layers_to_transform
+        if layers is not None and not (isinstance(layers, tuple) and all(_is_int(v) and v >= 0 for v in layers)):
             self._fail("layers_to_transform", "layer numbers, integers >= 0")
         if not (self.width is None or self.width == "match" or (_is_int(self.width) and self.width >= 1)):  # type: ignore[operator]
             self._fail("width", 'None, "match" or an integer >= 1')
@@ -122,7 +125,10 @@ class KANConfig:
         version = values.pop("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
             raise ConfigError(
-                "read a KAN configuration", subject=f"schema_version={version!r}", expected=str(SCHEMA_VERSION), hint="It was written by another kanformer; install that version or a newer one."
+                "read a KAN configuration",
+                subject=f"schema_version={version!r}",
+                expected=str(SCHEMA_VERSION),
+                hint="It was written by another kanformer; install that version or a newer one.",
             )
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values:

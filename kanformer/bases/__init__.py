@@ -29,6 +29,8 @@ def _basis_class(name: str):
 
 def make_basis(name: str, grid_size: int = 8, spline_order: int = 3):
     """The basis called `name` with G = grid_size intervals and degree k = spline_order."""
-    if grid_size < 1 or spline_order < 0:
-        raise ConfigError("make a basis", got=f"grid_size={grid_size}, spline_order={spline_order}", expected="grid_size >= 1 and spline_order >= 0")
+    if not (isinstance(grid_size, int) and isinstance(spline_order, int) and grid_size >= 1 and spline_order >= 0):
+        raise ConfigError(
+            "make a basis", got=f"grid_size={grid_size!r}, spline_order={spline_order!r}", expected="integers grid_size >= 1 and spline_order >= 0"
+        )
     return _basis_class(name)(grid_size=grid_size, spline_order=spline_order)

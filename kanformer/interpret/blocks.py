@@ -22,7 +22,9 @@ def find_blocks(model: nn.Module) -> dict[str, KANFeedForward]:
     """
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward)}
     if not blocks:
-        raise NoFeedForwardError("look at the learned functions", subject=type(model).__name__, got="no KANFeedForward in it", hint="Patch it first: kanformer.patch_model(model).")
+        raise NoFeedForwardError(
+            "look at the learned functions", subject=type(model).__name__, got="no KANFeedForward in it", hint="Patch it first: kanformer.patch_model(model)."
+        )
     return blocks
 
 
@@ -52,7 +54,12 @@ def find_layer(model: nn.Module, stats: LayerStats | Mapping[str, LayerStats], l
     block = model if isinstance(model, KANFeedForward) else _submodule(model, stats.path)
     sizes = {name: module.kan_grid.shape[0] for name, module in block.spline_modules()}
     if block.edges != stats.edges or sizes != {name: one.groups for name, one in stats.maps.items()}:
-        raise DataError("look at a layer", subject=stats.path or type(model).__name__, got="statistics of another block", hint="Pass what collect(model, batches) returned for it.")
+        raise DataError(
+            "look at a layer",
+            subject=stats.path or type(model).__name__,
+            got="statistics of another block",
+            hint="Pass what collect(model, batches) returned for it.",
+        )
     return block, stats
 
 

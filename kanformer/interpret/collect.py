@@ -84,9 +84,8 @@ class _BlockCollector:
         self.path, self.block, self.max_tokens = path, block, max_tokens
         self.recorders: dict[str, ChannelRecorder | Moments] = {}
         for name, module in block.spline_modules():
-            shared = isinstance(module, EdgeFunctions)
-            channels = module.channels if shared else module.in_features
-            self.recorders[name] = ChannelRecorder(channels, module.groups if shared else channels, *module.grid_bounds)
+            channels = module.channels if isinstance(module, EdgeFunctions) else module.in_features
+            self.recorders[name] = ChannelRecorder(channels, module.kan_grid.shape[0], *module.grid_bounds)
         if block.edges == "shared":
             self.recorders["kan_down"] = Moments(block.hidden_features)
         self.counts = dict.fromkeys(self.recorders, 0)
@@ -114,7 +113,12 @@ class _BlockCollector:
             return
         if not bool(rows.isfinite().all()):
             kind = "NaN" if bool(rows.isnan().any()) else "infinite values"
-            raise DataError("collect statistics", subject=f"{self.path or 'model'}, input of {name}", got=kind, hint="Check the weights and the inputs of the layers before it.")
+            raise DataError(
+                "collect statistics",
+                subject=f"{self.path or 'model'}, input of {name}",
+                got=kind,
+                hint="Check the weights and the inputs of the layers before it.",
+            )
         self.counts[name] += rows.shape[0]
         self.recorders[name].add(rows)
 
@@ -171,7 +175,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hooked(collectors: list[_BlockCollector]) -> Iterator[_Current]:
-    current, handles = _Current(), []
+    current = _Current()
+    handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for collector in collectors:
             handles.extend(collector.hooks(current))

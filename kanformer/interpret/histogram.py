@@ -99,8 +99,8 @@ class ChannelStats:
 class ChannelRecorder:
     """Gathers `ChannelStats` from batches of rows, in memory proportional to the channels.
 
-    The first 256 tokens or more place 64 equal bins around the bulk of each group's values (1 % to 99 % quantile and a
-    quarter more on either side); beyond them bins double in width, so that an outlier of any size costs the bulk no
+    The first 256 tokens or more place 64 equal bins around the bulk of each group's values (10 % to 90 % quantile and
+    three quarters more on either side); beyond them bins double in width, so that an outlier of any size costs the bulk no
     resolution. Each bin keeps the sum of its values, so that its node is their true mean.
 
     Args:
@@ -144,11 +144,11 @@ class ChannelRecorder:
         self.pilot = None
         sample = rows[:_PILOT_LIMIT].reshape(-1, self.groups, self.repeats).transpose(1, 2).reshape(-1, self.groups).sort(0).values
         last = sample.shape[0] - 1
-        low, high = sample[round(0.01 * last)], sample[round(0.99 * last)]
+        low, high = sample[round(0.1 * last)], sample[round(0.9 * last)]
         span = high - low
         span = torch.where(span > 0, span, sample[-1] - sample[0])
         span = torch.maximum(span, 1e-3 * torch.maximum(low.abs(), high.abs()).clamp(min=1e-3))
-        self.first, self.width = low - span / 4, 1.5 * span / CORE_BINS
+        self.first, self.width = low - 0.75 * span, 2.5 * span / CORE_BINS
         self._fill(rows)
 
     def _fill(self, rows: Tensor) -> None:

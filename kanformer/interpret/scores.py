@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +106,8 @@ def score_layer(model: nn.Module, stats, *, layer: str | int | None = None, top:
 
 def _score_map(block: KANFeedForward, stats: LayerStats, name: str, module: EdgeFunctions | KANLinear, top: int | None) -> MapScores:
     shared, seen = isinstance(module, EdgeFunctions), stats.maps[name]
-    weight = _shared_scores(block, stats, module.groups) if shared else None
-    best: dict[str, Tensor] = {}
+    weight = _shared_scores(block, stats, module.groups) if isinstance(module, EdgeFunctions) else None
+    best: dict[str, Any] = {}
     total = nonlinear = learned = 0.0
     for chunk in _chunks(module, seen, weight):
         total += float(chunk["score"].sum())
@@ -116,14 +117,15 @@ def _score_map(block: KANFeedForward, stats: LayerStats, name: str, module: Edge
     if not torch.isfinite(torch.tensor([total, nonlinear, learned])).all():
         raise DataError("rank functions", subject=f"{stats.path or 'model'}, {name}", got="weights or coefficients that are not finite numbers")
     edges = block.in_features * (seen.channels // seen.groups) if shared else 1
-    count = seen.groups if shared else module.in_features * module.out_features
+    count = module.in_features * module.out_features if isinstance(module, KANLinear) else seen.groups
     safe = total if total > 0 else 1.0
-    return MapScores(stats.path, name, shared, count, edges, total, **best, mean_nonlinearity=nonlinear / safe, mean_learned=learned / safe, mean_outside=float(seen.outside.mean()))
+    means: dict[str, Any] = {"mean_nonlinearity": nonlinear / safe, "mean_learned": learned / safe, "mean_outside": float(seen.outside.mean())}
+    return MapScores(stats.path, name, shared, count, edges, total, **best, **means)
 
 
 def _shared_scores(block: KANFeedForward, stats: LayerStats, groups: int) -> Tensor:
     assert stats.hidden_variance is not None
-    weight = block.kan_down.weight.detach()
+    weight = cast(Tensor, block.kan_down.weight).detach()
     return (stats.hidden_variance * plain(torch.linalg.vector_norm(weight.float(), dim=0)).double().square()).view(groups, -1).sum(1)
 
 
@@ -137,7 +139,7 @@ def _chunks(module: EdgeFunctions | KANLinear, seen: ChannelStats, weight: Tenso
     """The statistics of all functions, a few inputs at a time, so that no buffer grows with inputs times outputs."""
     nodes, probability = seen.density()
     outside = seen.outside.view(seen.groups, -1).mean(1)
-    outputs = 1 if weight is not None else module.out_features
+    outputs = module.out_features if isinstance(module, KANLinear) else 1
     step = max(1, _CHUNK_NUMBERS // (outputs + nodes.shape[1]) // (module.basis.n_basis + 1))
     for rows in torch.arange(seen.groups).split(step):
         covariance, with_x, variance_x = _covariances(module, nodes[rows], probability[rows], rows)
@@ -173,9 +175,11 @@ def _vectors(module: EdgeFunctions | KANLinear, rows: Tensor) -> Tensor:
 
 def _quadratic(vectors: Tensor, covariance: Tensor, with_x: Tensor, variance_x: Tensor) -> dict[str, Tensor]:
     """variance, nonlinearity and learned, each (rows, functions per row)."""
-    variance = ((vectors @ covariance) * vectors).sum(-1).clamp(min=0)
-    spline = ((vectors[..., 1:] @ covariance[:, 1:, 1:]) * vectors[..., 1:]).sum(-1).clamp(min=0)
+    factors = vectors[..., 1:]
+    spline = ((factors @ covariance[:, 1:, 1:]) * factors).sum(-1).clamp(min=0)
     base = vectors[..., 0].square() * covariance[:, :1, 0]
+    crossed = vectors[..., 0] * (factors @ covariance[:, 1:, :1]).squeeze(-1)
+    variance = (base + spline + 2 * crossed).clamp(min=0)
     slope = (vectors @ with_x.unsqueeze(-1)).squeeze(-1)
     explained = slope.square() / variance_x.unsqueeze(1).clamp(min=1e-300)
     floor = 1e-20 * (base + spline) + 1e-300

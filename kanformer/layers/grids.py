@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +18,9 @@ class GridModule(nn.Module):
     kan_grid: Tensor
 
     def _register_grid(self, basis: Basis, rows: int, grid_range: tuple[float, float], device) -> None:
-        lo, hi = grid_range
-        if not lo < hi:
-            raise ConfigError("make a grid", got=f"range ({lo}, {hi})", expected="lo < hi")
+        lo, hi = torch.tensor(grid_range, dtype=torch.float32, device="cpu").tolist()
+        if not (lo < hi and math.isfinite(hi - lo)):
+            raise ConfigError("make a grid", got=f"range {grid_range}", expected="two finite numbers lo < hi, different in float32")
         self.basis = basis
         ends = [torch.full((rows,), float(bound), dtype=torch.float32, device=device) for bound in (lo, hi)]
         self.register_buffer("kan_grid", basis.make_grid(*ends))
@@ -33,18 +35,21 @@ class GridModule(nn.Module):
         """Moves the grids to the ranges [lo, hi], each (rows,). The coefficients stay, so call it before they are trained.
 
         Raises:
-            ShapeError: wrong shapes, or lo >= hi somewhere.
+            ShapeError: wrong shapes, or somewhere not lo < hi, both finite, in float32.
         """
         rows = self.kan_grid.shape[0]
-        if lo.shape != (rows,) or hi.shape != (rows,) or not bool((lo < hi).all()):
-            raise ShapeError("set the range of a grid", got=f"lo {tuple(lo.shape)}, hi {tuple(hi.shape)}", expected=f"two tensors ({rows},) with lo < hi")
-        grid = self.basis.make_grid(lo.to(torch.float32), hi.to(torch.float32))
+        lo, hi = lo.to(torch.float32), hi.to(torch.float32)
+        if lo.shape != (rows,) or hi.shape != (rows,) or not bool(((lo < hi) & (hi - lo).isfinite()).all()):
+            raise ShapeError(
+                "set the range of a grid", got=f"lo {tuple(lo.shape)}, hi {tuple(hi.shape)}", expected=f"two finite tensors ({rows},) with lo < hi"
+            )
+        grid = self.basis.make_grid(lo, hi)
         self.kan_grid.copy_(grid.to(device=self.kan_grid.device))
 
     def _apply(self, fn, recurse: bool = True):
         before = self.kan_grid
         super()._apply(fn, recurse)
-        if self.kan_grid.dtype.itemsize < 4 and not before.is_meta:
+        if self.kan_grid.dtype.itemsize < 4 and (self.kan_grid.is_meta or not before.is_meta):
             # Half a mantissa would move the knots: every path evaluates the spline argument in float32.
             self.kan_grid = before.to(device=self.kan_grid.device, dtype=torch.float32)
         return self

@@ -1,0 +1,74 @@
+"""The command line. Every command is a dataclass of settings and a function; both are imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kanformer import __version__
+from kanformer.errors import did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """`settings` and `work` are "module:name"; `positional` names the setting that a bare first word fills."""
+
+    summary: str
+    settings: str
+    work: str
+    example: str
+    positional: str | None = None
+
+
+_COMMANDS = {
+    "patch": Command("replace a model's feed-forward blocks and save it", "kanformer.commands:PatchArguments", "kanformer.commands:patch", "kanformer patch gpt2 --out gpt2-kan", "model"),
+    "compare": Command("count a patched model against its MLPs", "kanformer.commands:CompareArguments", "kanformer.commands:compare", "kanformer compare gpt2-kan", "model"),
+    "distill": Command("train patched blocks against the original's", "kanformer.training.settings:DistillArguments", "kanformer.training.distill:distill", "kanformer distill --config configs/distill_minilm.yaml"),
+    "finetune": Command("fine-tune a patched model", "kanformer.training.settings:FinetuneArguments", "kanformer.training.finetune:finetune", "kanformer finetune --config configs/finetune_causal_lm.yaml"),
+    "plot": Command("draw the learned functions of every layer", "kanformer.commands:PlotArguments", "kanformer.commands:plot", "kanformer plot gpt2-kan --out figures --text text.txt", "model"),
+    "demo": Command("the whole job on a real checkpoint", "kanformer.demo.settings:DemoArguments", "kanformer.demo.run:demo", "kanformer demo"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `kanformer` command. Exits with 2 on bad input and 3 when a training diverged."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    name, *rest = words
+    if name not in _COMMANDS:
+        print(f"error: unknown command {name!r}. {did_you_mean(name, _COMMANDS)} See kanformer --help.", file=sys.stderr)
+        raise SystemExit(2)
+    _run(name, rest)
+
+
+def _run(name: str, words: list[str]) -> None:
+    from kanformer.training.entry import run
+
+    command = _COMMANDS[name]
+    if command.positional and words and not words[0].startswith("-"):
+        words = [f"--{command.positional}", *words]
+    run(_load(command.settings), lambda settings: _load(command.work)(settings), words, f"kanformer {name}", f"{command.summary.capitalize()}. Example: {command.example}")
+
+
+def _load(reference: str):
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _overview() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in _COMMANDS.items()]
+    return "\n".join(
+        ["usage: kanformer COMMAND [--setting value ...]", "", "Feed-forward blocks of transformers as Kolmogorov-Arnold networks.", "", *lines, "", "kanformer COMMAND --help lists a command's settings."]
+    )
+
+
+if __name__ == "__main__":
+    main()

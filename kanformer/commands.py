@@ -1,0 +1,139 @@
+"""The short commands: patch, compare, plot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from kanformer.training.arguments import option
+
+
+@dataclass
+class PatchArguments:
+    """Settings of `kanformer patch`."""
+
+    model: str = option("", "folder or hub id")
+    out: str = option("", "folder for the patched model")
+    kan: dict = option({}, "KANConfig values, for example --kan.init prune --kan.param_ratio 0.5")
+    text: str | None = option(None, "calibration text, a text per line")
+    calibration_samples: int = option(256, "texts to calibrate on", ge=1)
+    max_length: int = option(128, "tokens per text", ge=2)
+    dry_run: bool = option(False, "print the plan and stop")
+
+
+@dataclass
+class CompareArguments:
+    """Settings of `kanformer compare`."""
+
+    model: str = option("", "folder or hub id of a patched model")
+    json: bool = option(False, "print JSON")
+
+
+@dataclass
+class PlotArguments:
+    """Settings of `kanformer plot`."""
+
+    model: str = option("", "folder or hub id of a patched model")
+    out: str = option("figures", "folder for the figures and functions.csv")
+    text: str | None = option(None, "text, one per line; absent: docstrings of Python's standard library")
+    texts: int = option(256, "texts to use", ge=1)
+    max_length: int = option(128, "tokens per text", ge=2)
+    top: int = option(48, "functions to draw per layer", ge=1)
+    format: str = option("png", "of the figures", ("png", "svg", "pdf"))
+
+
+def patch(arguments: PatchArguments) -> None:
+    """Patches a checkpoint and saves it, with its tokenizer where it has one."""
+    from kanformer.config import KANConfig
+    from kanformer.surgery.apply import patch_model
+    from kanformer.surgery.compare import compare as count
+    from kanformer.surgery.plan import plan_surgery
+    from kanformer.training.checkpoint import write_folder
+
+    _need(arguments.model, "model")
+    config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
+    model = _load(arguments.model)
+    if arguments.dry_run:
+        print(plan_surgery(model, config))
+        return
+    _need(arguments.out, "out")
+    batches = None if arguments.text is None else _batches(arguments.model, arguments.text, arguments.calibration_samples, arguments.max_length)
+    patch_model(model, config, calibration=batches)
+    print(count(model))
+    tokenizer = _tokenizer(arguments.model)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    _need_free(arguments.out)
+    write_folder(Path(arguments.out), fill)
+    print(f"saved: {arguments.out}")
+
+
+def compare(arguments: CompareArguments) -> None:
+    """Prints the comparison as a table or JSON."""
+    from kanformer.surgery.compare import compare as count
+
+    _need(arguments.model, "model")
+    found = count(_load(arguments.model))
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+
+
+def plot(arguments: PlotArguments) -> None:
+    """Draws every layer on data and says where the files are."""
+    from kanformer.interpret import plot_model
+
+    _need(arguments.model, "model")
+    model = _load(arguments.model)
+    batches = _batches(arguments.model, arguments.text, arguments.texts, arguments.max_length)
+    files = plot_model(model, batches, Path(arguments.out), top=arguments.top, formats=(arguments.format,), progress=print)
+    print(f"{len(files)} files in {arguments.out}")
+
+
+def _load(name: str):
+    from transformers.utils import logging
+
+    from kanformer.surgery.loading import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load_model(name)
+
+
+def _tokenizer(name: str):
+    from kanformer.errors import CheckpointError
+    from kanformer.surgery.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(name)
+    except CheckpointError:
+        return None  # image models have none
+
+
+def _batches(model: str, text: str | None, count: int, max_length: int):
+    from kanformer.demo.corpus import standard_library
+    from kanformer.surgery.loading import load_tokenizer
+    from kanformer.training.data import read_lines
+    from kanformer.training.models import calibration_batches
+
+    if text is None:
+        print("data: docstrings of Python's standard library (give your own with --text FILE)")
+    texts = read_lines(text) if text is not None else standard_library().held_out
+    return calibration_batches(load_tokenizer(model), texts, count, max_length)
+
+
+def _need(value: str, name: str) -> None:
+    from kanformer.errors import ConfigError
+
+    if not value:
+        raise ConfigError("run the command", got=f"no {name}", hint=f"Give --{name}; see --help.")
+
+
+def _need_free(out: str) -> None:
+    from kanformer.errors import ConfigError
+
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ConfigError("write the patched model", subject=f"out={out}", got="a path that is in use", hint="Choose a new folder.")

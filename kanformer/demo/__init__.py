@@ -1,0 +1,1 @@
+"""The main job on a real checkpoint: patch, compare, shrink, distil, look, save, load, verify."""

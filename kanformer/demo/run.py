@@ -1,0 +1,212 @@
+"""`kanformer demo`: the stages of the main job, each with what it found."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kanformer.demo.corpus import Corpus, own_text, standard_library
+from kanformer.demo.measure import Bench, cosine, is_causal_lm, last_hidden_state
+from kanformer.demo.settings import DemoArguments, minilm_path
+from kanformer.errors import ConfigError, KanformerError
+from kanformer.interpret import plot_model
+from kanformer.surgery.apply import patch_model
+from kanformer.surgery.compare import compare
+from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.training.arguments import to_yaml
+from kanformer.training.checkpoint import replace_file
+from kanformer.training.settings import DistillArguments
+
+_MARKER = "demo.json"
+_CALIBRATION_TEXTS = 256
+_ARMS = {"KAN": "shared", "MLP control": "mlp"}
+
+
+class Demo:
+    """One run. `results` is what ends in demo.json."""
+
+    def __init__(self, arguments: DemoArguments) -> None:
+        self.arguments, self.started = arguments, time.time()
+        self.out = Path(arguments.out)
+        self.source = arguments.model or minilm_path()
+        self.results: dict[str, Any] = {"settings": asdict(arguments)}
+
+    def run(self) -> dict[str, Any]:
+        """All stages; raises KanformerError with a one-line reason when something is wrong with the input."""
+        self._open()
+        self._exact()
+        arms = {name: self._shrink(name, edges) for name, edges in _ARMS.items()}
+        self._look(arms["KAN"])
+        self._verify(arms["KAN"])
+        self._sum_up()
+        return self.results
+
+    def _open(self) -> None:
+        self._say(f"model and text: {self.source}")
+        _check_folder(self.out)
+        self.original = load_model(self.source)
+        if getattr(self.original.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
+            raise ConfigError("run the demo", subject=self.source, got="an encoder-decoder model", expected="an encoder or a causal language model")
+        self.bench = Bench(load_tokenizer(self.source), self.arguments.max_length)
+        self.corpus = own_text(self.arguments.text) if self.arguments.text else standard_library()
+        self.held, self.second = self.corpus.held_out[: self.arguments.held_out], self.corpus.second
+        self.causal = is_causal_lm(self.original)
+        _prepare_folder(self.out)
+        replace_file(self.out / "train.txt", "\n".join(self.corpus.train) + "\n")
+        replace_file(self.out / "held-out.txt", "\n".join(self.held) + "\n")
+        self.embeddings = {name: self.bench.embeddings(self.original, texts) for name, texts in self._parts().items()}
+        parameters = sum(p.numel() for p in self.original.parameters())
+        self._tell(f"{type(self.original).__name__}, {parameters:,} parameters; {_counts(self.corpus, self.held)}")
+        if self.causal:
+            self.results["original"] = {"perplexity": self.bench.perplexity(self.original, self.held)}
+
+    def _exact(self) -> None:
+        self._say("patch exactly")
+        patched = patch_model(copy.deepcopy(self.original))
+        batch = next(self.bench.batches(self.held))
+        with torch.no_grad():
+            difference = (last_hidden_state(patched, batch) - last_hidden_state(self.original, batch)).abs().max()
+        self.results["exact_max_difference"] = float(difference)
+        self._tell(f"max |patched - original| on {tuple(batch['input_ids'].shape)} tokens: {float(difference)}")
+        self._tell(compare(patched))
+
+    def _shrink(self, name: str, edges: str) -> nn.Module:
+        """Prunes and refits, distils through accelerate, measures before and after."""
+        self._say(f"{name}: shrink the feed-forward blocks to {self.arguments.param_ratio:g} of their parameters and refit")
+        folder = self.out / edges
+        model = copy.deepcopy(self.original)
+        batches = self.bench.batches(self.corpus.train[:_CALIBRATION_TEXTS])
+        patch_model(model, init="prune", edges=edges, param_ratio=self.arguments.param_ratio, calibration=batches, keep_original=False)
+        costs = compare(model)
+        row: dict[str, Any] = {"parameters": costs.to_dict()["feed_forward"], "before": self._measure(model)}
+        self._tell(costs)
+        self._tell(f"before training: {_line(row['before'], self.corpus)}")
+        model.save_pretrained(folder / "pruned")  # type: ignore[operator]
+        self.bench.tokenizer.save_pretrained(folder / "pruned")
+        self._say(f"{name}: distil for {self.arguments.steps} steps (accelerate launch)")
+        row["distillation"] = self._distil(folder)
+        trained = load_model(str(folder / "distilled" / "model"))
+        row["after"] = self._measure(trained)
+        self._tell(f"after training: {_line(row['after'], self.corpus)}")
+        self.results[name] = row
+        return trained
+
+    def _distil(self, folder: Path) -> dict[str, Any]:
+        arguments = self.arguments
+        settings = DistillArguments(
+            model_name_or_path=str(folder / "pruned"),
+            teacher_name_or_path=self.source,
+            train_file=str(self.out / "train.txt"),
+            validation_file=str(self.out / "held-out.txt"),
+            output_dir=str(folder / "distilled"),
+            max_length=arguments.max_length,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            new_module_learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+        )
+        replace_file(folder / "distill.yaml", to_yaml(settings))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [*launch, *([] if torch.cuda.is_available() else ["--cpu"]), "-m", "kanformer.training.distill", "--config", str(folder / "distill.yaml")]
+        self._tell("accelerate launch -m kanformer.training.distill --config " + str(folder / "distill.yaml"))
+        _call(command)
+        return json.loads((folder / "distilled" / "all_results.json").read_text(encoding="utf-8"))
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        found = {name: cosine(self.bench.embeddings(model, texts), self.embeddings[name]) for name, texts in self._parts().items()}
+        return {**found, "perplexity": self.bench.perplexity(model, self.held)} if self.causal else found
+
+    def _parts(self) -> dict[str, list[str]]:
+        return {"held_out": self.held, "second": self.second}
+
+    def _look(self, model: nn.Module) -> None:
+        self._say("draw the learned functions of every layer")
+        self.figures = plot_model(model, self.bench.batches(self.held), self.out / "figures", progress=self._tell)
+        self.results["figures"] = [str(path) for path in self.figures]
+
+    def _verify(self, model: nn.Module) -> None:
+        from safetensors.torch import save_file
+
+        self._say("save, load in a fresh process, compare bit for bit")
+        folder = self.out / "model"
+        model.save_pretrained(folder)  # type: ignore[operator]
+        self.bench.tokenizer.save_pretrained(folder)
+        batch = next(self.bench.batches(self.held))
+        with torch.no_grad():
+            hidden = last_hidden_state(model, batch)
+        state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
+        reference = self.out / "reference.safetensors"
+        save_file({**batch, **state, "hidden": hidden.contiguous(), "threads": torch.tensor(torch.get_num_threads())}, reference)
+        _call([sys.executable, "-m", "kanformer.demo.verify", str(folder), str(reference)])
+        reference.unlink()
+        self.results["reload_bit_equal"] = True
+
+    def _sum_up(self) -> None:
+        self._say("result")
+        seconds = time.time() - self.started
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
+        self.results |= {"seconds": round(seconds, 1), "peak_gib_of_one_process": round(peak, 2)}
+        replace_file(self.out / _MARKER, json.dumps(self.results, indent=2))
+        for name in _ARMS:
+            row = self.results[name]
+            self._tell(f"{name}, {row['parameters']['parameters_ratio']:.3f} x the parameters: {_line(row['before'], self.corpus)} before, {_line(row['after'], self.corpus)} after distillation")
+        if self.causal:
+            self._tell(f"perplexity of the original on held-out text: {self.results['original']['perplexity']:.3f}")
+        places = {"model": self.out / "model", "figures": self.out / "figures", "numbers": self.out / _MARKER}
+        for name, path in places.items():
+            self._tell(f"{name}: {path}")
+        self._tell(f"{seconds:.0f} s, at most {peak:.2f} GiB in one process")
+
+    def _say(self, text: str) -> None:
+        print(f"\n[{time.time() - self.started:5.0f} s] {text}", flush=True)
+
+    def _tell(self, text: object) -> None:
+        print("  " + str(text).replace("\n", "\n  "), flush=True)
+
+
+def _line(measured: dict[str, float], corpus: Corpus) -> str:
+    text = f"cosine {measured['held_out']:.4f} ({corpus.second_name}: {measured['second']:.4f})"
+    return text + (f", perplexity {measured['perplexity']:.3f}" if "perplexity" in measured else "")
+
+
+def _counts(corpus: Corpus, held: list[str]) -> str:
+    return f"{corpus.name}: {len(corpus.train):,} texts to train on, {len(held):,} held out; {len(corpus.second):,} of {corpus.second_name}"
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ".kanformer-demo").exists())):
+        raise ConfigError("write the demo's results", subject=f"out={out}", got="something that no demo wrote", hint="Choose another folder: --out DIR.")
+
+
+def _prepare_folder(out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    replace_file(out / ".kanformer-demo", "")
+
+
+def _call(command: list[str]) -> None:
+    """Runs a child that shows its own progress; its failure is ours."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise KanformerError("go on with the demo", got=f"exit code {code} from {' '.join(command[1:4])} ...", hint="Its own message stands above.")
+
+
+def demo(arguments: DemoArguments) -> None:
+    """Runs the demo; see `DemoArguments`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    Demo(arguments).run()

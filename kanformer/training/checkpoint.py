@@ -1,0 +1,81 @@
+"""Checkpoints that are complete or not there: written aside, marked, renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kanformer.errors import CheckpointError
+
+MARKER = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any] | None = None) -> None:
+    """Lets `fill` write into a folder beside `final`, marks it complete and puts it in the place of `final` in one rename.
+
+    Raises:
+        CheckpointError: the disk is full or read-only; what stood at `final` is untouched.
+    """
+    aside = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        fill(aside)
+        _sync(aside)
+        (aside / MARKER).write_text(json.dumps(info or {}), encoding="utf-8")
+        _sync(aside)
+        _put(aside, final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError("write the checkpoint", subject=final, got=error.strerror or str(error), hint="Free some space or choose another output_dir; earlier checkpoints are intact.") from error
+
+
+def _put(aside: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(aside, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def complete_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the marked checkpoints, oldest first."""
+    found = []
+    for path in output_dir.glob("checkpoint-*") if output_dir.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and (path / MARKER).is_file():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def drop_old(output_dir: Path, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for _, path in complete_checkpoints(output_dir)[:-keep] if keep else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a small text file so that a reader sees the old or the new one, never half."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise CheckpointError("write a file", subject=path, got=error.strerror or str(error)) from error

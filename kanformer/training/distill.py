@@ -1,0 +1,197 @@
+"""Distillation of the patched blocks: every KAN-FFN learns its original's output from its original's input, all layers in one pass."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kanformer.conversion.batches import select_tokens
+from kanformer.errors import ConfigError
+from kanformer.layers import KANFeedForward
+from kanformer.surgery.record import get_record
+from kanformer.surgery.sites import Site
+from kanformer.training.checkpoint import replace_file
+from kanformer.training.data import load_texts, pad, pad_token, tokenize
+from kanformer.training.loop import Task, Trainer, prepare_output
+from kanformer.training.models import load_patched, teacher_sites
+from kanformer.training.settings import DistillArguments
+
+_SCALE_BATCHES = 8  # held-out batches from which each layer's output variance is measured, once
+
+
+class LocalDistiller(nn.Module):
+    """The KAN-FFNs of a student beside a frozen teacher, which is not part of this module's parameters.
+
+    Args:
+        teacher: the original model, in eval mode.
+        sites: its blocks, in the order of `blocks`.
+        blocks: the KAN-FFNs.
+    """
+
+    scale: Tensor
+
+    def __init__(self, teacher: nn.Module, sites: Sequence[Site], blocks: Sequence[KANFeedForward]) -> None:
+        super().__init__()
+        self._teacher = (teacher,)  # a tuple, so that it is no child: never trained, wrapped or saved
+        self.sites = tuple(sites)
+        self.blocks = nn.ModuleList(blocks)
+        self.register_buffer("scale", torch.ones(len(sites)))
+
+    def train(self, mode: bool = True):
+        # Dropout would ask the student to match the teacher through noise.
+        super().train(mode)
+        self.blocks.eval()
+        return self
+
+    @torch.no_grad()
+    def teacher_pairs(self, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(input, output) of every original block on the unmasked tokens, each (tokens, d)."""
+        seen: dict[int, list[Tensor]] = {}
+
+        def watch(number: int, site: Site):
+            def before(module: nn.Module, args: tuple) -> None:
+                seen[number] = [select_tokens(args[0], batch, site.path)]
+
+            def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+                seen[number].append(select_tokens(output, batch, site.path))
+
+            return site.up.register_forward_pre_hook(before), site.down.register_forward_hook(after)
+
+        handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)]
+        try:
+            self._teacher[0](**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [(seen[number][0], seen[number][1]) for number in range(len(self.sites))]
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed over tokens: the mean over layers of the squared error over the output's variance."""
+        total = torch.zeros((), device=self.scale.device)
+        for number, (x, target) in enumerate(self.teacher_pairs(batch)):
+            error = (self.blocks[number](x) - target).float().square().mean(-1).sum()
+            total = total + error / (self.scale[number] * len(self.blocks))
+        return total, {}
+
+
+class DistillTask(Task):
+    """Texts for a `LocalDistiller`; evaluation is the fraction of variance unexplained (FVU) per layer on held-out text."""
+
+    def __init__(self, distiller: LocalDistiller, student: nn.Module, tokenizer: Any, train: list[list[int]], held: list[list[int]], batch_size: int) -> None:
+        self.module, self.model, self.tokenizer = distiller, student, tokenizer
+        self.train, self.held, self.batch_size = train, held, batch_size
+        self.examples = len(train)
+        self.layers: list[float] = []
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        return pad([self.train[index] for index in indices], pad_token(self.tokenizer))
+
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["attention_mask"].sum()
+
+    def held_batches(self) -> Iterator[dict[str, Tensor]]:
+        device = self.distiller.scale.device
+        for start in range(0, len(self.held), self.batch_size):
+            batch = pad(self.held[start : start + self.batch_size], pad_token(self.tokenizer))
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    @property
+    def distiller(self) -> LocalDistiller:
+        return cast(LocalDistiller, self.module)
+
+    @torch.no_grad()
+    def measure_scale(self) -> None:
+        """Sets each layer's output variance, the unit of its loss."""
+        for number, moments in enumerate(self._moments(_SCALE_BATCHES)):
+            self.distiller.scale[number] = moments.variance().clamp(min=1e-12)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        errors = torch.zeros(len(self.distiller.sites), dtype=torch.float64)
+        tokens = 0
+        moments = [_Moments() for _ in self.distiller.sites]
+        for batch in self.held_batches():
+            for number, (x, target) in enumerate(self.distiller.teacher_pairs(batch)):
+                block = self.distiller.blocks[number]
+                errors[number] += (block(x) - target).double().square().mean(-1).sum().cpu()
+                moments[number].add(target)
+            tokens += int(batch["attention_mask"].sum())
+        self.layers = [float(error / tokens / m.variance()) for error, m in zip(errors, moments, strict=True)]
+        return {"fvu": sum(self.layers) / len(self.layers), "fvu_worst": max(self.layers)}
+
+    def _moments(self, limit: int) -> list[_Moments]:
+        moments = [_Moments() for _ in self.distiller.sites]
+        for _, batch in zip(range(limit), self.held_batches(), strict=False):
+            for number, (_, target) in enumerate(self.distiller.teacher_pairs(batch)):
+                moments[number].add(target)
+        return moments
+
+    def layer_table(self) -> str:
+        """The last evaluation as CSV: layer, fvu."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["layer", "fvu"])
+        writer.writerows((site.path, f"{fvu:.6f}") for site, fvu in zip(self.distiller.sites, self.layers, strict=True))
+        return text.getvalue()
+
+
+class _Moments:
+    """Variance per channel, averaged over the channels."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        x = x.double()
+        self.count += x.shape[0]
+        self.total, self.squares = self.total.to(x.device) + x.sum(0), self.squares.to(x.device) + x.square().sum(0)
+
+    def variance(self) -> Tensor:
+        return (self.squares / self.count - (self.total / self.count).square()).mean().cpu()
+
+
+def distill(arguments: DistillArguments) -> dict[str, Any]:
+    """Runs a distillation as described by the settings and returns its results (also in all_results.json)."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    if not arguments.teacher_name_or_path:
+        raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
+    start, checkpoint = prepare_output(arguments)
+    accelerator = Accelerator()
+    set_seed(arguments.seed)
+    texts, held = load_texts(arguments, [arguments.text_column])
+    source = str(checkpoint) if checkpoint else arguments.model_name_or_path
+    student, teacher, tokenizer = load_patched(source, arguments.teacher_name_or_path, arguments, texts[arguments.text_column])
+    student.to(accelerator.device)
+    teacher.to(accelerator.device)
+    blocks = {path: module for path, module in student.named_modules() if isinstance(module, KANFeedForward)}
+    sites = teacher_sites(teacher, student, get_record(student, "distil"))
+    distiller = LocalDistiller(teacher, sites, [blocks[site.path] for site in sites]).to(accelerator.device)
+    examples = [tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held)]
+    task = DistillTask(distiller, student, tokenizer, *examples, arguments.per_device_eval_batch_size)
+    task.measure_scale()
+    before = task.evaluate()
+    results = Trainer(task, arguments, accelerator, start, checkpoint).train()
+    if accelerator.is_main_process:
+        results = {**{f"start_{name}": value for name, value in before.items()}, **results, "layers": task.layers}
+        replace_file(Path(arguments.output_dir) / "layers.csv", task.layer_table())
+        replace_file(Path(arguments.output_dir) / "all_results.json", json.dumps(results, indent=2))
+        print(f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {Path(arguments.output_dir) / 'model'}")
+    accelerator.end_training()
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `scripts/distill.py` and `kanformer distill`."""
+    from kanformer.training.entry import run
+
+    run(DistillArguments, distill, sys.argv[1:] if argv is None else argv, "distill", "Trains the KAN-FFNs of a patched model against the original's blocks.")

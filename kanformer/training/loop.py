@@ -1,0 +1,240 @@
+"""The training loop on accelerate: exact gradient accumulation, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
+from kanformer.training.arguments import to_yaml
+from kanformer.training.checkpoint import complete_checkpoints, drop_old, replace_file, write_folder
+from kanformer.training.data import Order, micro_batches
+from kanformer.training.optimizer import learning_rate_factor, make_optimizer
+from kanformer.training.settings import LoopArguments
+
+_RESULTS = "all_results.json"
+
+
+class Task(ABC):
+    """What is trained: a module whose forward gives a summed loss, its data and its evaluation."""
+
+    module: nn.Module  # forward(batch) -> (loss summed over items, {name: summed metric})
+    model: nn.Module  # what is saved
+    tokenizer: Any
+    examples: int  # number of training examples
+
+    @abstractmethod
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """The inputs of these training examples. Random choices depend on the global random state, which checkpoints carry."""
+
+    @abstractmethod
+    def items(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many items (tokens or examples) the loss of this batch is summed over, a scalar."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Held-out metrics of the current weights; called on every process, same result on all."""
+
+
+class Trainer:
+    """Runs a `Task` for `max_steps`, from the newest complete checkpoint when asked to resume."""
+
+    def __init__(self, task: Task, arguments: LoopArguments, accelerator: Any, start_step: int = 0, checkpoint: Path | None = None) -> None:
+        self.task, self.arguments, self.accelerator = task, arguments, accelerator
+        self.output_dir = Path(arguments.output_dir)
+        self.step, self.tokens = start_step, 0
+        optimizer = make_optimizer(task.module, arguments)
+        self.module, self.optimizer = accelerator.prepare(task.module, optimizer)
+        self.order = Order(task.examples, arguments.seed)
+        self.results: dict[str, Any] = {}
+        if checkpoint is not None:
+            self._load(checkpoint)
+
+    def train(self) -> dict[str, Any]:
+        """Trains, evaluates, saves the final model into `output_dir` and returns the results.
+
+        Raises:
+            TrainingDiverged: the loss is not finite; checkpoints before that stand.
+        """
+        from tqdm.auto import tqdm
+
+        arguments, main = self.arguments, self.accelerator.is_main_process
+        if main:
+            replace_file(self.output_dir / "config.yaml", to_yaml(arguments))
+            self._cut_metrics()
+        started, begun = time.time(), self.step
+        bar = tqdm(total=arguments.max_steps, initial=self.step, unit="step", disable=arguments.disable_tqdm or not main, dynamic_ncols=True, mininterval=0.5)
+        window = _Window()
+        while self.step < arguments.max_steps:
+            loss, metrics, count, tokens = self._optimize()
+            window.add(loss, metrics, count, tokens)
+            self.tokens += tokens
+            self.step += 1
+            bar.update(1)
+            bar.set_postfix(loss=f"{loss / count:.4g}", tok_s=f"{window.tokens_per_second():,.0f}")
+            if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
+                self._log({**window.summary(), "learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens": self.tokens})
+                window = _Window()
+            if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
+                self._log({f"eval_{name}": value for name, value in self._evaluate().items()})
+            if arguments.save_steps and self.step % arguments.save_steps == 0:
+                self._save()
+        bar.close()
+        seconds = time.time() - started
+        final = {f"eval_{name}": value for name, value in self._evaluate().items()}
+        self._log(final)
+        self.results = {**final, "steps": self.step, "tokens": self.tokens, "train_seconds": round(seconds, 3), "steps_this_run": self.step - begun}
+        self._finish()
+        return self.results
+
+    def _optimize(self) -> tuple[float, dict[str, float], float, int]:
+        """One optimizer step. Returns (summed loss, summed metrics, items, tokens) over all processes."""
+        arguments, accelerator = self.arguments, self.accelerator
+        self.module.train()
+        indices = micro_batches(
+            self.order, self.step, accelerator.process_index, accelerator.num_processes, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        )
+        batches = [{key: value.to(accelerator.device) for key, value in self.task.batch(chosen).items()} for chosen in indices]
+        counts = torch.stack([self.task.items(batch).double().to(accelerator.device) for batch in batches])
+        total = accelerator.reduce(counts.sum(), "sum")
+        sums: Tensor | None = None
+        names: list[str] = []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+                loss, metrics = self.module(batch)
+                # DDP averages gradients over processes, so each adds its share of the global mean times their number.
+                accelerator.backward(loss * (accelerator.num_processes / total).to(loss.dtype))
+            names = ["loss", *metrics]
+            values = torch.stack([loss.detach().double(), *(metric.detach().double() for metric in metrics.values())])
+            sums = values if sums is None else sums + values
+        assert sums is not None
+        tokens = torch.tensor(sum(_tokens(batch) for batch in batches), dtype=torch.float64, device=accelerator.device)
+        reduced = accelerator.reduce(torch.cat([sums, tokens.view(1)]), "sum").tolist()
+        if not math.isfinite(reduced[0]):
+            raise TrainingDiverged("go on training", got=f"loss {reduced[0]} in step {self.step + 1}", hint="Lower the learning rate; the checkpoints before this step stand.")
+        if arguments.max_grad_norm:
+            accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm)
+        factor = learning_rate_factor(self.step, arguments)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return reduced[0], dict(zip(names[1:], reduced[1:-1], strict=True)), float(total), int(reduced[-1])
+
+    def _evaluate(self) -> dict[str, float]:
+        self.module.eval()
+        with torch.no_grad():
+            metrics = self.task.evaluate()
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+
+    def _cut_metrics(self) -> None:
+        """After a resume the lines of steps that will run again are dropped, so that the file is one curve."""
+        path = self.output_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.step]
+        replace_file(path, "".join(line + "\n" for line in kept))
+
+    def _save(self) -> None:
+        """A complete checkpoint of model, optimizer and every process' random state."""
+        states = self._gather_random_states()
+        if self.accelerator.is_main_process:
+            info = {"step": self.step, "tokens": self.tokens, "arguments": dataclasses.asdict(self.arguments)}
+
+            def fill(folder: Path) -> None:
+                self._save_model(folder)
+                torch.save({"optimizer": self.optimizer.state_dict(), "random": states}, folder / "training_state.pt")
+
+            write_folder(self.output_dir / f"checkpoint-{self.step}", fill, info)
+            drop_old(self.output_dir, self.arguments.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _gather_random_states(self) -> list[Tensor]:
+        from accelerate.utils import gather_object
+
+        return gather_object([torch.get_rng_state()])
+
+    def _load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["tokens"]
+        if len(state["random"]) == self.accelerator.num_processes:
+            torch.set_rng_state(state["random"][self.accelerator.process_index])
+
+    def _save_model(self, folder: Path) -> None:
+        self.task.model.save_pretrained(folder)  # type: ignore[operator]
+        self.task.tokenizer.save_pretrained(folder)
+
+    def _finish(self) -> None:
+        if self.accelerator.is_main_process:
+            write_folder(self.output_dir / "model", self._save_model)
+            replace_file(self.output_dir / _RESULTS, json.dumps(self.results, indent=2))
+        self.accelerator.wait_for_everyone()
+
+
+def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
+    """(first step, checkpoint to go on from) for an output folder.
+
+    Raises:
+        ConfigError: no output_dir, or one that holds another run while `resume` is off.
+        CheckpointError: the folder cannot be written.
+    """
+    if not arguments.output_dir:
+        raise ConfigError("start training", got="no output_dir", hint="Give a folder: --output_dir runs/mine.")
+    folder = Path(arguments.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError("use the output folder", subject=folder, got=error.strerror or str(error)) from error
+    checkpoints = complete_checkpoints(folder)
+    if arguments.resume:
+        return checkpoints[-1] if checkpoints else (0, None)
+    if checkpoints or (folder / _RESULTS).exists():
+        raise ConfigError("start training", subject=f"output_dir={folder}", got="a folder that holds another run", hint="Go on with it by --resume, or choose another output_dir.")
+    return 0, None
+
+
+class _Window:
+    """Means since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count, self.tokens, self.started = 0.0, 0, time.time()
+
+    def add(self, loss: float, metrics: dict[str, float], count: float, tokens: int) -> None:
+        for name, value in {"loss": loss, **metrics}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count, self.tokens = self.count + count, self.tokens + tokens
+
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(time.time() - self.started, 1e-9)
+
+    def summary(self) -> dict[str, float]:
+        return {**{name: value / self.count for name, value in self.sums.items()}, "tokens_per_second": round(self.tokens_per_second(), 1)}
+
+
+def _tokens(batch: dict[str, Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return 1 << 62  # a line cut by a crash

@@ -1,0 +1,71 @@
+"""Student and teacher of the training scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kanformer.config import KANConfig
+from kanformer.errors import SurgeryError
+from kanformer.layers import KANFeedForward
+from kanformer.surgery.apply import patch_model, relative_path
+from kanformer.surgery.discover import find_sites
+from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.record import PatchRecord
+from kanformer.surgery.sites import Site
+from kanformer.training.data import pad, pad_token, tokenize
+from kanformer.training.settings import DistillArguments
+
+
+def calibration_batches(tokenizer: Any, texts: Sequence[str], count: int, max_length: int, batch_size: int = 32) -> Iterator[dict[str, torch.Tensor]]:
+    """The first `count` texts as padded batches of model inputs."""
+    examples = tokenize(tokenizer, texts[:count], max_length)
+    for start in range(0, len(examples), batch_size):
+        yield pad(examples[start : start + batch_size], pad_token(tokenizer))
+
+
+def load_patched(source: str | None, teacher_name: str, arguments: DistillArguments, texts: Sequence[str]) -> tuple[nn.Module, nn.Module, Any]:
+    """(student, teacher, tokenizer). Without a source the student is the teacher patched with `arguments.kan`.
+
+    Raises:
+        SurgeryError: the source is not patched, or the teacher is.
+    """
+    tokenizer = load_tokenizer(arguments.tokenizer_name or teacher_name)
+    teacher = load_model(teacher_name).requires_grad_(False)
+    if is_patched(teacher):
+        raise SurgeryError("distil", subject=teacher_name, got="a teacher that is patched", expected="the original model")
+    if source is None:
+        student = load_model(teacher_name)
+        config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
+        batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
+        patch_model(student, config, calibration=batches)
+        return student, teacher, tokenizer
+    student = load_model(source)
+    if not is_patched(student):
+        raise SurgeryError("distil", subject=source, got="a model that is not patched", hint="Patch it first (kanformer patch), or leave model_name_or_path out and set `kan`.")
+    return student, teacher, tokenizer
+
+
+def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -> list[Site]:
+    """The teacher's blocks that the student replaced, in the student's order.
+
+    Raises:
+        SurgeryError: the teacher has no such block, or one of another width.
+    """
+    specs = list(dict.fromkeys(entry.spec for entry in record.sites))
+    by_path = {relative_path(teacher, site.path): site for site in find_sites(teacher, specs)}
+    sites = []
+    for entry in record.sites:
+        site = by_path.get(entry.path)
+        if site is None or site.problem() or site.dense().hidden_features != entry.mlp_hidden:
+            raise SurgeryError("match teacher and student", subject=entry.path, got="no such block in the teacher", expected=f"an MLP of width {entry.mlp_hidden}", hint="Use the model that was patched as the teacher.")
+        sites.append(site)
+    return sites
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the model holds a KAN-FFN."""
+    return any(isinstance(module, KANFeedForward) for module in model.modules())

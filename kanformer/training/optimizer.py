@@ -1,0 +1,47 @@
+"""Parameter groups and the learning rate's course."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from kanformer.layers import KANFeedForward
+from kanformer.training.settings import LoopArguments
+
+
+def parameter_groups(model: nn.Module, arguments: LoopArguments) -> list[dict]:
+    """Trainable parameters by (KAN block or not) x (decayed or not); splines, biases and norms are never decayed."""
+    new = {id(p) for module in model.modules() if isinstance(module, KANFeedForward) for p in module.parameters()}
+    splines = {id(p) for module in model.modules() if isinstance(module, KANFeedForward) for p in module.spline_parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.dim() >= 2 and id(parameter) not in splines
+            groups.setdefault((id(parameter) in new, decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": arguments.new_module_learning_rate if is_new else arguments.learning_rate,
+            "weight_decay": arguments.weight_decay if decayed else 0.0,
+        }
+        for (is_new, decayed), parameters in sorted(groups.items())
+    ]
+
+
+def make_optimizer(model: nn.Module, arguments: LoopArguments) -> torch.optim.AdamW:
+    """AdamW with each group's own peak learning rate kept as `peak_lr`."""
+    groups = [{**group, "peak_lr": group["lr"]} for group in parameter_groups(model, arguments)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+def learning_rate_factor(step: int, arguments: LoopArguments) -> float:
+    """Share of the peak learning rate in step 0, 1, ...: linear warm-up, then the schedule down to 0 (cosine: to 5 %)."""
+    warmup = arguments.warmup_steps if arguments.warmup_steps >= 1 else arguments.warmup_steps * arguments.max_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1.0, arguments.max_steps - warmup)
+    if arguments.lr_scheduler_type == "cosine":
+        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if arguments.lr_scheduler_type == "linear" else 1.0

@@ -1,0 +1,73 @@
+"""The settings of the training scripts; names as in transformers' TrainingArguments where they mean the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kanformer.training.arguments import option
+
+SCHEDULES = ("cosine", "linear", "constant")
+TASKS = ("causal_lm", "masked_lm", "classification")
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it is cut."""
+
+    train_file: str | None = option(None, "text to train on: .txt (a text per line), .jsonl, .csv or .parquet")
+    validation_file: str | None = option(None, "held-out text; absent: a part of the training text")
+    dataset_name: str | None = option(None, "a Hugging Face dataset instead of files")
+    dataset_config_name: str | None = option(None, "its configuration")
+    text_column: str = option("text", "column that holds the text")
+    label_column: str = option("label", "column that holds the class (classification)")
+    validation_split_percentage: float = option(5.0, "held-out share in percent where no validation text is given", gt=0, le=50)
+    max_length: int = option(128, "tokens per example; longer text is cut (or packed, for language models)", ge=2)
+    max_train_samples: int | None = option(None, "use only the first so many texts", ge=1)
+
+
+@dataclass
+class LoopArguments:
+    """How long, how fast, what is written."""
+
+    output_dir: str = option("", "folder for the model, metrics.jsonl and checkpoints")
+    max_steps: int = option(200, "optimizer steps", ge=1)
+    per_device_train_batch_size: int = option(16, "examples per process and micro-batch", ge=1)
+    per_device_eval_batch_size: int = option(32, "examples per process in evaluation", ge=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches per step; the loss is weighted by tokens, so k x 1 = 1 x k", ge=1)
+    learning_rate: float = option(1e-4, "of everything that is not a KAN block", ge=0)
+    new_module_learning_rate: float = option(1e-3, "of the KAN blocks", ge=0)
+    weight_decay: float = option(0.0, "on matrices; never on splines, biases and norms", ge=0)
+    lr_scheduler_type: str = option("cosine", "after the warm-up", SCHEDULES)
+    warmup_steps: float = option(0.05, "steps, or a share of max_steps if below 1", ge=0)
+    max_grad_norm: float = option(1.0, "gradient clipping; 0 switches it off", ge=0)
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl", ge=1)
+    eval_steps: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
+    save_steps: int = option(0, "steps between checkpoints; 0: only the final model", ge=0)
+    save_total_limit: int | None = option(2, "checkpoints to keep", ge=1)
+    resume: bool = option(False, "go on from the newest complete checkpoint in output_dir")
+    seed: int = option(0, "of data order, dropout and new weights", ge=0)
+    disable_tqdm: bool = option(False, "no progress bar")
+
+
+@dataclass
+class DistillArguments(LoopArguments, DataArguments):
+    """Settings of `scripts/distill.py`."""
+
+    model_name_or_path: str | None = option(None, "patched checkpoint to train; absent: the teacher is patched with `kan`")
+    teacher_name_or_path: str = option("", "the original model, a folder or hub id")
+    tokenizer_name: str | None = option(None, "tokenizer, if not the teacher's")
+    kan: dict = option({"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher")
+    calibration_samples: int = option(256, "texts for pruning and grids", ge=1)
+
+
+@dataclass
+class FinetuneArguments(LoopArguments, DataArguments):
+    """Settings of `scripts/finetune.py`."""
+
+    model_name_or_path: str = option("", "patched checkpoint, or a stock one to patch with `kan`")
+    tokenizer_name: str | None = option(None, "tokenizer, if not the model's")
+    task: str = option("causal_lm", "what to train for", TASKS)
+    kan: dict | None = option(None, "KANConfig values, to patch a stock model before training")
+    train_rest: bool = option(True, "train the rest of the model too, at learning_rate")
+    mlm_probability: float = option(0.15, "share of masked tokens (masked_lm)", gt=0, le=1)
+    calibration_samples: int = option(256, "texts for pruning and grids, where `kan` is given", ge=1)
