@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
+# Small tensors: a second thread gains nothing, and costs several times the time when the cores are busy.
+torch.set_num_threads(1)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # The same examples in every run: a failure here is a failure everywhere. Deadlines only measure the machine.

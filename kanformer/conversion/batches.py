@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,28 +12,42 @@ from torch import Tensor, nn
 from kanformer.errors import DataError
 
 
-@torch.no_grad()
-def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], current: dict[str, Any] | None = None) -> int:
-    """Calls `model(**batch)` for every batch in eval mode; training flags and random state are put back.
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags and random numbers come back as they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def run_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], current: dict[str, Any] | None = None, after: Callable[[int], bool] | None = None
+) -> int:
+    """Calls `model(**batch)` for every batch, see `untouched`.
 
     Args:
-        batches: dicts of model inputs (tensors are moved to the model's device).
+        batches: mappings of model inputs (tensors are moved to the model's device); a single mapping is one batch.
         current: filled with the batch at hand before each call, for hooks to read.
+        after: called with the number of batches so far; True stops.
 
     Returns:
         The number of batches.
 
     Raises:
-        DataError: a batch is no dict, or the model does not take it.
+        DataError: a batch is no mapping, or the model does not take it.
     """
-    flags = {module: module.training for module in model.modules()}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    count = 0
-    try:
-        model.eval()
-        for batch in batches:
+    number = 0
+    with untouched(model):
+        for number, batch in enumerate([batches] if isinstance(batches, Mapping) else batches, 1):
             if not isinstance(batch, Mapping):
-                raise DataError("run a batch", got=type(batch).__name__, expected="a dict of model inputs such as {'input_ids': ..., 'attention_mask': ...}")
+                raise DataError("run the model", subject=f"batch {number}", got=type(batch).__name__, expected="a mapping of model inputs such as input_ids")
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             if current is not None:
                 current.clear()
@@ -40,22 +55,28 @@ def run_batches(model: nn.Module, batches: Iterable[Mapping[str, Any]], current:
             try:
                 model(**inputs)
             except (TypeError, IndexError) as error:
-                raise DataError("run a batch", got=f"{type(model).__name__} does not take {sorted(inputs)} ({error})") from error
-            count += 1
-    finally:
-        for module, training in flags.items():
-            module.training = training
-    return count
+                reason = " ".join(str(error).split())
+                raise DataError("run the model", subject=f"batch {number}", got=f"{type(model).__name__} does not take {sorted(inputs)} ({reason})") from error
+            if after is not None and after(number):
+                break
+    return number
+
+
+def token_mask(x: Tensor, batch: Mapping[str, Any], path: str = "") -> Tensor | None:
+    """Which of the flattened positions of activations x (..., d) are no padding, (tokens,), or None when no mask speaks about them.
+
+    The mask is the batch's `attention_mask`, inside a decoder that has its own input its `decoder_attention_mask`, where its shape fits.
+    """
+    decoder = "decoder" in path.split(".") and ("decoder_input_ids" in batch or "decoder_attention_mask" in batch)
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel())
+    return (mask != 0).reshape(-1).to(x.device) if fits else None
 
 
 def select_tokens(x: Tensor, batch: Mapping[str, Any], path: str = "") -> Tensor:
-    """The rows of activations x (..., d) that are not padding, (tokens, d).
-
-    The mask is the batch's `attention_mask` (inside a decoder its `decoder_attention_mask`), where its shape fits.
-    """
-    decoder = "decoder_attention_mask" in batch and "decoder" in path
-    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    flat = x.reshape(-1, x.shape[-1])
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == flat.shape[0]:
-        return flat[mask.reshape(-1).to(device=x.device).bool()]
-    return flat
+    """The rows of activations x (..., d) that are not padding, (tokens, d)."""
+    mask = token_mask(x, batch, path)
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask]

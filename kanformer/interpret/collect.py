@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kanformer.conversion.batches import run_batches, select_tokens
 from kanformer.errors import ConfigError, DataError
 from kanformer.interpret.blocks import all_paths, find_blocks
 from kanformer.interpret.histogram import ChannelRecorder, ChannelStats, Moments
@@ -62,8 +63,7 @@ def collect(model: nn.Module, batches: Iterable[Mapping], max_tokens: int = 16_3
     blocks = find_blocks(model)
     collectors = [_BlockCollector(path, block, max_tokens) for path, block in blocks.items()]
     if any(collector.recorders for collector in collectors):
-        batches = [batches] if isinstance(batches, Mapping) else batches
-        with _untouched(model), _hooked(collectors) as current:
+        with _hooked(collectors) as current:
             _run(model, batches, collectors, current, max_tokens, progress)
     paths = all_paths(model)
     return {collector.path: collector.finish(paths[id(collector.block)]) for collector in collectors}
@@ -73,7 +73,7 @@ def collect(model: nn.Module, batches: Iterable[Mapping], max_tokens: int = 16_3
 class _Current:
     """The batch that runs and the block that runs in it: a child shared by two blocks is counted for the one at work."""
 
-    batch: Mapping = field(default_factory=dict)
+    batch: dict = field(default_factory=dict)
     block: nn.Module | None = None
 
 
@@ -106,9 +106,7 @@ class _BlockCollector:
             yield getattr(self.block, name).register_forward_pre_hook(look)
 
     def add(self, name: str, x: Tensor, batch: Mapping) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        mask = _mask(self.path, x, batch)
-        rows = (rows if mask is None else rows[mask])[: self.max_tokens - self.counts[name]]
+        rows = select_tokens(x.detach(), batch, self.path)[: self.max_tokens - self.counts[name]]
         if not rows.shape[0]:
             return
         if not bool(rows.isfinite().all()):
@@ -129,48 +127,19 @@ class _BlockCollector:
         return LayerStats(self.path, self.block.edges, maps, variance, tuple(path for path in paths if path != self.path))
 
 
-def _mask(path: str, x: Tensor, batch: Mapping) -> Tensor | None:
-    """Which of the flattened positions of x are real, (tokens,), or None when no mask speaks about them."""
-    decoder = "decoder_input_ids" in batch and any("decoder" in part for part in path.split("."))
-    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel())
-    return (mask != 0).reshape(-1).to(x.device) if fits else None
-
-
 def _run(model: nn.Module, batches: Iterable[Mapping], collectors: list[_BlockCollector], current: _Current, max_tokens: int, progress) -> None:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    tokens = number = 0
-    for number, batch in enumerate(batches, 1):
-        if not isinstance(batch, Mapping):
-            raise DataError("collect statistics", subject=f"batch {number}", got=type(batch).__name__, expected="a mapping of model inputs such as input_ids")
-        current.batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        try:
-            model(**current.batch)
-        except TypeError as error:
-            raise DataError("run the model", subject=f"batch {number}", got=str(error).splitlines()[0]) from error
+    tokens = 0
+
+    def enough(number: int) -> bool:
+        nonlocal tokens
         tokens = max(max(collector.counts.values(), default=0) for collector in collectors)
         if progress is not None:
             progress(f"statistics: {tokens:,} of at most {max_tokens:,} tokens")
-        if tokens >= max_tokens:
-            break
+        return tokens >= max_tokens
+
+    number = run_batches(model, batches, current.batch, enough)
     if not tokens:
         raise DataError("collect statistics", got=f"no tokens in {number} batches", expected="at least one that is not padding")
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags and random numbers come back as they were."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
 
 
 @contextlib.contextmanager

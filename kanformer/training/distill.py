@@ -195,3 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from kanformer.training.entry import run
 
     run(DistillArguments, distill, sys.argv[1:] if argv is None else argv, "distill", "Trains the KAN-FFNs of a patched model against the original's blocks.")
+
+
+if __name__ == "__main__":
+    main()

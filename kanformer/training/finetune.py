@@ -171,3 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from kanformer.training.entry import run
 
     run(FinetuneArguments, finetune, sys.argv[1:] if argv is None else argv, "finetune", "Fine-tunes a patched model.")
+
+
+if __name__ == "__main__":
+    main()
