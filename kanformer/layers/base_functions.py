@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, did_you_mean
@@ -51,3 +52,16 @@ def base_function(base: BaseFunction) -> nn.Module:
     if base not in _BY_NAME:
         raise ConfigError("find a base function", got=repr(base), hint=did_you_mean(str(base), _BY_NAME))
     return _BY_NAME[base]()
+
+
+@torch.no_grad()
+def second_moment(base: nn.Module, points: int = 4096) -> float:
+    """E[b(z)^2] for z ~ N(0, 1), at evenly spaced quantiles: what the variance-preserving initialisation divides by."""
+    levels = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points
+    z = torch.special.ndtri(levels).float()
+    parameter = next(base.parameters(), None)
+    if parameter is not None:
+        if parameter.is_meta:
+            return 1.0  # nothing is initialised on the meta device
+        z = z.to(parameter)
+    return max(float(base(z).double().square().mean()), 1e-6)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.grids import check_input, check_sizes
 from kanformer.layers.kan_linear import KANLinear
@@ -61,8 +61,8 @@ class KANFeedForward(nn.Module):
         check_sizes(self, in_features=in_features, hidden_features=hidden_features)
         self.in_features, self.hidden_features = in_features, hidden_features
         self.gated, self.edges = gated, config.edges
-        factory = {"device": device, "dtype": dtype}
-        full = {"basis": config.basis, "grid_size": config.grid_size, "spline_order": config.spline_order, "grid_range": config.grid_range}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        full: dict[str, Any] = {"basis": config.basis, "grid_size": config.grid_size, "spline_order": config.spline_order, "grid_range": config.grid_range}
 
         def expand(base: BaseFunction = "identity") -> nn.Module:
             if config.edges == "full":
@@ -87,9 +87,11 @@ class KANFeedForward(nn.Module):
 
     def reset_parameters(self) -> None:
         """Starts from random weights, as for training from scratch; functions start at the activation."""
+        activation = self.kan_functions.base if isinstance(self.kan_functions, EdgeFunctions) else self.kan_functions
         for module in (self.kan_gate, self.kan_up, self.kan_functions, self.kan_down):
             if isinstance(module, nn.Linear):
-                bound = math.sqrt(3.0 / module.in_features)
+                moment = second_moment(activation) if module is self.kan_down else 1.0
+                bound = math.sqrt(3.0 / (module.in_features * moment))
                 nn.init.uniform_(module.weight, -bound, bound)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kanformer.bases import make_basis
-from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
 from kanformer.layers.grids import GridModule, check_input, check_sizes
 from kanformer.ops import full_edges
 
@@ -55,7 +55,7 @@ class KANLinear(GridModule):
 
     def reset_parameters(self) -> None:
         """Base weights as in nn.Linear scaled for unit output variance, small noise on the splines, zero bias."""
-        bound = math.sqrt(3.0 / self.in_features)
+        bound = math.sqrt(3.0 / (self.in_features * second_moment(self.base)))
         nn.init.uniform_(self.kan_base_weight, -bound, bound)
         nn.init.normal_(self.kan_coef, std=0.1 / math.sqrt(self.in_features))
         if self.kan_bias is not None:
