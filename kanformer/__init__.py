@@ -22,6 +22,7 @@ _PUBLIC = {
     "plan_surgery": "kanformer.surgery.plan",
     "patch_model": "kanformer.surgery.apply",
     "unpatch_model": "kanformer.surgery.restore",
+    "calibrate": "kanformer.surgery.calibrate",
     "compare": "kanformer.surgery.compare",
     "collect": "kanformer.interpret",
     "plot_layer": "kanformer.interpret",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kanformer.interpret import collect, plot_layer, plot_model
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
     from kanformer.surgery.apply import patch_model
+    from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare
     from kanformer.surgery.plan import plan_surgery
     from kanformer.surgery.restore import unpatch_model

@@ -54,7 +54,8 @@ class Case:
         ids = torch.randint(3, 99, (2, 11), generator=generator)
         mask = torch.ones_like(ids)
         mask[1, 8:] = 0
-        return {"input_ids": ids, "attention_mask": mask}
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return {**inputs, "decoder_input_ids": ids[:, :7]} if self.values is _BART else inputs
 
     @torch.no_grad()
     def logits(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:

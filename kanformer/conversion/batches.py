@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kanformer.errors import DataError
+from kanformer.errors import DataError, KanformerError
 
 
 @contextlib.contextmanager
@@ -54,7 +54,9 @@ def run_batches(
                 current.update(inputs)
             try:
                 model(**inputs)
-            except (TypeError, IndexError) as error:
+            except KanformerError:
+                raise
+            except (TypeError, IndexError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise DataError("run the model", subject=f"batch {number}", got=f"{type(model).__name__} does not take {sorted(inputs)} ({reason})") from error
             if after is not None and after(number):

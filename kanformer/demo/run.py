@@ -23,6 +23,7 @@ from kanformer.demo.settings import DemoArguments, minilm_path
 from kanformer.errors import ConfigError, KanformerError
 from kanformer.interpret import plot_model
 from kanformer.surgery.apply import patch_model
+from kanformer.surgery.calibrate import calibrate
 from kanformer.surgery.compare import compare
 from kanformer.surgery.loading import load_model, load_tokenizer
 from kanformer.training.arguments import to_yaml
@@ -30,7 +31,7 @@ from kanformer.training.checkpoint import replace_file
 from kanformer.training.settings import DistillArguments
 
 _MARKER = "demo.json"
-_CALIBRATION_TEXTS = 256
+_CALIBRATION_TEXTS = 1024
 _ARMS = {"KAN": "shared", "MLP control": "mlp"}
 
 
@@ -47,6 +48,7 @@ class Demo:
         """All stages; raises KanformerError with a one-line reason when something is wrong with the input."""
         self._open()
         self._exact()
+        self._calibrate()
         arms = {name: self._shrink(name, edges) for name, edges in _ARMS.items()}
         self._look(arms["KAN"])
         self._verify(arms["KAN"])
@@ -82,13 +84,16 @@ class Demo:
         self._tell(f"max |patched - original| on {tuple(batch['input_ids'].shape)} tokens: {float(difference)}")
         self._tell(compare(patched))
 
+    def _calibrate(self) -> None:
+        self._say(f"calibrate on {min(_CALIBRATION_TEXTS, len(self.corpus.train)):,} texts")
+        self.calibration = calibrate(self.original, self.bench.batches(self.corpus.train[:_CALIBRATION_TEXTS]))
+
     def _shrink(self, name: str, edges: str) -> nn.Module:
         """Prunes and refits, distils through accelerate, measures before and after."""
         self._say(f"{name}: shrink the feed-forward blocks to {self.arguments.param_ratio:g} of their parameters and refit")
         folder = self.out / edges
         model = copy.deepcopy(self.original)
-        batches = self.bench.batches(self.corpus.train[:_CALIBRATION_TEXTS])
-        patch_model(model, init="prune", edges=edges, param_ratio=self.arguments.param_ratio, calibration=batches, keep_original=False)
+        patch_model(model, init="prune", edges=edges, param_ratio=self.arguments.param_ratio, calibration=self.calibration, keep_original=False)
         costs = compare(model)
         row: dict[str, Any] = {"parameters": costs.to_dict()["feed_forward"], "before": self._measure(model)}
         self._tell(costs)

@@ -12,7 +12,7 @@ from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
 from kanformer.layers.kan_linear import KANLinear
-from kanformer.surgery.calibrate import collect_statistics
+from kanformer.surgery.calibrate import Calibration, collect_statistics
 from kanformer.surgery.modules import get_path, mark_initialized, references
 from kanformer.surgery.plan import SurgeryPlan, plan_surgery
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
@@ -28,7 +28,7 @@ def patch_model(
     model: Model,
     config: KANConfig | None = None,
     *,
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     specs: Sequence[FFNSpec] | None = None,
     **overrides: Any,
 ) -> Model:
@@ -39,8 +39,8 @@ def patch_model(
     Args:
         model: any transformers model of a known family, or any module with `specs`.
         config: see `KANConfig`; `overrides` replace single values (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
-        calibration: batches of model inputs (dicts as for `model(**batch)`): needed by init="prune"; otherwise optional,
-            they set each grid to the range of its data. Padding (attention_mask 0) is ignored.
+        calibration: batches of model inputs (dicts as for `model(**batch)`), or what `calibrate` made of them: needed by
+            init="prune"; otherwise optional, it sets each grid to the range of its data. Padding (attention_mask 0) is ignored.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
 
     Returns:
@@ -58,7 +58,9 @@ def patch_model(
         raise ConfigError("patch the model with init='prune'", got="no calibration data", hint="Pass calibration=batches, dicts of model inputs such as {'input_ids': ..., 'attention_mask': ...}.")
     statistics: dict[str, FFNStatistics] = {}
     if calibration is not None and plan.config.init != "random":
-        statistics = collect_statistics(model, plan.sites, calibration, gram=plan.config.init == "prune")
+        gram = plan.config.init == "prune"
+        known = isinstance(calibration, Calibration)
+        statistics = calibration.of(plan.sites, gram=gram) if known else collect_statistics(model, plan.sites, calibration, gram=gram)
     blocks = [_build(site, plan.config, statistics.get(site.path)) for site in plan.sites]
     planned = zip(plan.sites, plan.blocks, strict=True)
     records = [

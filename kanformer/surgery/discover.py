@@ -9,10 +9,11 @@ from torch import nn
 
 from kanformer.errors import NoFeedForwardError
 from kanformer.surgery.architectures import all_specs
+from kanformer.surgery.modules import is_conv1d
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
-_LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|fc1|c_fc|(up|gate)_proj|dense_h_to_4h|experts", re.IGNORECASE)
+_LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|expert", re.IGNORECASE)
 
 
 def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list[Site]:
@@ -44,12 +45,13 @@ def _looked_for(specs: Sequence[FFNSpec]) -> str:
 
 
 def _found(model: nn.Module) -> str:
-    likely = {}
-    for path, module in model.named_modules():
-        name = path.rsplit(".", 1)[-1]
-        if _LIKELY.search(name) or _LIKELY.search(type(module).__name__):
-            likely.setdefault(type(module).__name__, path)
-    if likely:
-        return "no known block; these look like one: " + ", ".join(f"{cls} at {path or '(the model itself)'}" for cls, path in list(likely.items())[:8])
+    """What in the model looks like a block: modules that hold at least two linear maps, likely names first."""
+    owners: dict[str, str] = {}
+    for path, module in sorted(model.named_modules(), key=lambda item: not _LIKELY.search(item[0] + type(item[1]).__name__)):
+        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear) or is_conv1d(child)]
+        if len(linear) >= 2:
+            owners.setdefault(type(module).__name__, f"{path or 'the model itself'} with {', '.join(linear[:4])}")
+    if owners:
+        return "no known block; these hold linear maps: " + "; ".join(f"{cls} at {where}" for cls, where in list(owners.items())[:6])
     classes = sorted({type(module).__name__ for module in model.modules()})
     return f"no known block among its classes {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"
