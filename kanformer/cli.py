@@ -23,11 +23,35 @@ class Command:
 
 
 _COMMANDS = {
-    "patch": Command("replace a model's feed-forward blocks and save it", "kanformer.commands:PatchArguments", "kanformer.commands:patch", "kanformer patch gpt2 --out gpt2-kan", "model"),
-    "compare": Command("count a patched model against its MLPs", "kanformer.commands:CompareArguments", "kanformer.commands:compare", "kanformer compare gpt2-kan", "model"),
-    "distill": Command("train patched blocks against the original's", "kanformer.training.settings:DistillArguments", "kanformer.training.distill:distill", "kanformer distill --config configs/distill_minilm.yaml"),
-    "finetune": Command("fine-tune a patched model", "kanformer.training.settings:FinetuneArguments", "kanformer.training.finetune:finetune", "kanformer finetune --config configs/finetune_causal_lm.yaml"),
-    "plot": Command("draw the learned functions of every layer", "kanformer.commands:PlotArguments", "kanformer.commands:plot", "kanformer plot gpt2-kan --out figures --text text.txt", "model"),
+    "patch": Command(
+        "replace a model's feed-forward blocks and save it",
+        "kanformer.commands:PatchArguments",
+        "kanformer.commands:patch",
+        "kanformer patch gpt2 --out gpt2-kan",
+        "model",
+    ),
+    "compare": Command(
+        "count a patched model against its MLPs", "kanformer.commands:CompareArguments", "kanformer.commands:compare", "kanformer compare gpt2-kan", "model"
+    ),
+    "distill": Command(
+        "train patched blocks against the original's",
+        "kanformer.training.settings:DistillArguments",
+        "kanformer.training.distill:distill",
+        "kanformer distill --config configs/distill_minilm.yaml",
+    ),
+    "finetune": Command(
+        "fine-tune a patched model",
+        "kanformer.training.settings:FinetuneArguments",
+        "kanformer.training.finetune:finetune",
+        "kanformer finetune --config configs/finetune_causal_lm.yaml",
+    ),
+    "plot": Command(
+        "draw the learned functions of every layer",
+        "kanformer.commands:PlotArguments",
+        "kanformer.commands:plot",
+        "kanformer plot gpt2-kan --out figures --text text.txt",
+        "model",
+    ),
     "demo": Command("the whole job on a real checkpoint", "kanformer.demo.settings:DemoArguments", "kanformer.demo.run:demo", "kanformer demo"),
 }
 
@@ -54,7 +78,13 @@ def _run(name: str, words: list[str]) -> None:
     command = _COMMANDS[name]
     if command.positional and words and not words[0].startswith("-"):
         words = [f"--{command.positional}", *words]
-    run(_load(command.settings), lambda settings: _load(command.work)(settings), words, f"kanformer {name}", f"{command.summary.capitalize()}. Example: {command.example}")
+    run(
+        _load(command.settings),
+        lambda settings: _load(command.work)(settings),
+        words,
+        f"kanformer {name}",
+        f"{command.summary.capitalize()}. Example: {command.example}",
+    )
 
 
 def _load(reference: str):
@@ -66,7 +96,15 @@ def _overview() -> str:
     width = max(map(len, _COMMANDS))
     lines = [f"  {name.ljust(width)}  {command.summary}" for name, command in _COMMANDS.items()]
     return "\n".join(
-        ["usage: kanformer COMMAND [--setting value ...]", "", "Feed-forward blocks of transformers as Kolmogorov-Arnold networks.", "", *lines, "", "kanformer COMMAND --help lists a command's settings."]
+        [
+            "usage: kanformer COMMAND [--setting value ...]",
+            "",
+            "Feed-forward blocks of transformers as Kolmogorov-Arnold networks.",
+            "",
+            *lines,
+            "",
+            "kanformer COMMAND --help lists a command's settings.",
+        ]
     )
 
 

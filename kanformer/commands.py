@@ -64,7 +64,7 @@ def patch(arguments: PatchArguments) -> None:
     tokenizer = _tokenizer(arguments.model)
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, same_state, snapshot
 from safetensors.torch import load_file, save_file
 
 import kanformer
 from kanformer.errors import CheckpointError, KanformerError
 from kanformer.surgery.loading import load_model
+from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, same_state, snapshot
 
 _PLAIN = {"shared": {}, "full": {"edges": "full", "grid_size": 3}, "mlp": {"edges": "mlp"}}
 
@@ -80,7 +80,9 @@ def test_a_fresh_process_loads_the_same_bits(name, dtype, tmp_path):
     model = saved(case, tmp_path / "model", dtype, shard="30KB")
     tensors = {f"in.{key}": value for key, value in case.inputs(dtype).items()} | {"logits": case.logits(model, dtype)}
     save_file(tensors | {f"st.{key}": value.clone().contiguous() for key, value in model.state_dict().items()}, tmp_path / "expected.safetensors")
-    done = subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path / "model"), str(tmp_path / "expected.safetensors"), case.auto_class], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, str(tmp_path / "model"), str(tmp_path / "expected.safetensors"), case.auto_class], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "bit-equal" in done.stdout, done.stderr[-2000:]
 
 

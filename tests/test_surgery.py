@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, one_case_of_each, same_state, snapshot
 from torch import nn
 
 import kanformer
 from kanformer.errors import ConfigError, DataError, NoFeedForwardError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery import apply
+from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, one_case_of_each, same_state, snapshot
 
 
 @each_dtype
@@ -142,7 +142,12 @@ def test_gradients_match_the_mlp_at_the_exact_start():
 
 class TestSelection:
     def test_by_layer_by_glob_by_expression_and_by_exclusion(self):
-        for choice in ({"layers_to_transform": [1]}, {"target_modules": ["*.layers.1.mlp"]}, {"target_modules": r".*\.1\.mlp"}, {"exclude_modules": ["layers.0.mlp"]}):
+        for choice in (
+            {"layers_to_transform": [1]},
+            {"target_modules": ["*.layers.1.mlp"]},
+            {"target_modules": r".*\.1\.mlp"},
+            {"exclude_modules": ["layers.0.mlp"]},
+        ):
             model = kanformer.patch_model(BY_NAME["llama"].build(), **choice)
             assert list(blocks(model)) == ["model.layers.1.mlp"], choice
 

@@ -45,10 +45,11 @@ def run_batches(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     number = 0
     with untouched(model):
-        for number, batch in enumerate([batches] if isinstance(batches, Mapping) else batches, 1):
+        stream: Iterable[Any] = [batches] if isinstance(batches, Mapping) else batches
+        for number, batch in enumerate(stream, 1):
             if not isinstance(batch, Mapping):
                 raise DataError("run the model", subject=f"batch {number}", got=type(batch).__name__, expected="a mapping of model inputs such as input_ids")
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            inputs: dict[str, Any] = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             if current is not None:
                 current.clear()
                 current.update(inputs)

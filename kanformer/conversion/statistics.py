@@ -67,7 +67,10 @@ class FFNStatistics:
             return
         if not bool(torch.isfinite(x).all()):
             raise DataError(
-                "calibrate", subject=self.name, got=f"NaN or infinity in the block's input, after {self.tokens:,} good tokens", hint="Look at the model's weights and at the calibration batches."
+                "calibrate",
+                subject=self.name,
+                got=f"NaN or infinity in the block's input, after {self.tokens:,} good tokens",
+                hint="Look at the model's weights and at the calibration batches.",
             )
         preactivation = dense.preactivation(x)
         hidden = dense.hidden(x, preactivation)

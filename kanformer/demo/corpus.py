@@ -44,7 +44,12 @@ def standard_library(held_share: int = 10, second_texts: int = 256) -> Corpus:
             code.update(dict.fromkeys(functions))
     held_texts = _shuffled([text for text in held if text not in train])
     if len(train) < 200 or len(held_texts) < 20 or not code:
-        raise DataError("read Python's standard library", got=f"{len(train)} docstring paragraphs", expected="its sources with docstrings", hint="Give a text of your own: --text FILE.")
+        raise DataError(
+            "read Python's standard library",
+            got=f"{len(train)} docstring paragraphs",
+            expected="its sources with docstrings",
+            hint="Give a text of your own: --text FILE.",
+        )
     return Corpus("docstrings of Python's standard library", _shuffled(list(train)), held_texts, "its source code", _shuffled(list(code))[:second_texts])
 
 

@@ -123,7 +123,19 @@ class Demo:
             seed=arguments.seed,
         )
         replace_file(folder / "distill.yaml", to_yaml(settings))
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            "1",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         command = [*launch, *([] if torch.cuda.is_available() else ["--cpu"]), "-m", "kanformer.training.distill", "--config", str(folder / "distill.yaml")]
         self._tell("accelerate launch -m kanformer.training.distill --config " + str(folder / "distill.yaml"))
         _call(command)
@@ -166,7 +178,9 @@ class Demo:
         replace_file(self.out / _MARKER, json.dumps(self.results, indent=2))
         for name in _ARMS:
             row = self.results[name]
-            self._tell(f"{name}, {row['parameters']['parameters_ratio']:.3f} x the parameters: {_line(row['before'], self.corpus)} before, {_line(row['after'], self.corpus)} after distillation")
+            self._tell(
+                f"{name}, {row['parameters']['parameters_ratio']:.3f} x the parameters: {_line(row['before'], self.corpus)} before, {_line(row['after'], self.corpus)} after distillation"
+            )
         if self.causal:
             self._tell(f"perplexity of the original on held-out text: {self.results['original']['perplexity']:.3f}")
         places = {"model": self.out / "model", "figures": self.out / "figures", "numbers": self.out / _MARKER}

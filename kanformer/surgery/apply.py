@@ -21,7 +21,15 @@ from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
 Model = TypeVar("Model", bound=nn.Module)
-_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def patch_model(
@@ -55,7 +63,11 @@ def patch_model(
     plan = plan_surgery(model, config, specs=specs, **overrides)
     _check_complete(plan)
     if plan.config.init == "prune" and calibration is None:
-        raise ConfigError("patch the model with init='prune'", got="no calibration data", hint="Pass calibration=batches, dicts of model inputs such as {'input_ids': ..., 'attention_mask': ...}.")
+        raise ConfigError(
+            "patch the model with init='prune'",
+            got="no calibration data",
+            hint="Pass calibration=batches, dicts of model inputs such as {'input_ids': ..., 'attention_mask': ...}.",
+        )
     statistics: dict[str, FFNStatistics] = {}
     if calibration is not None and plan.config.init != "random":
         gram = plan.config.init == "prune"
@@ -64,7 +76,8 @@ def patch_model(
     blocks = [_build(site, plan.config, statistics.get(site.path)) for site in plan.sites]
     planned = zip(plan.sites, plan.blocks, strict=True)
     records = [
-        SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None) for site, row in planned
+        SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
+        for site, row in planned
     ]
     record = PatchRecord(plan.config, tuple(records))
     undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
@@ -170,5 +183,3 @@ def _keep_state(site: Site, slot: nn.Module, block: KANFeedForward) -> None:
     if site.spec.structure == "module":
         for name in _HOOKS:
             setattr(block, name, getattr(slot, name))
-
-

@@ -34,7 +34,9 @@ class Calibration:
         for site in sites:
             seen = self.statistics.get(site.path)
             if seen is None or seen.hidden.total.numel() != site.dense().hidden_features:
-                raise ConfigError("use the calibration", subject=site.path, got="no statistics of this block", hint="Calibrate the model that you patch, or a copy of it.")
+                raise ConfigError(
+                    "use the calibration", subject=site.path, got="no statistics of this block", hint="Calibrate the model that you patch, or a copy of it."
+                )
         return {site.path: self.statistics[site.path] for site in sites}
 
 
@@ -89,5 +91,3 @@ def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterabl
     if empty:
         raise DataError("calibrate", subject=", ".join(empty[:4]), got="no tokens", hint="The batches are empty, fully masked, or never reach these blocks.")
     return statistics
-
-

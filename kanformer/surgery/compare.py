@@ -72,7 +72,10 @@ class Comparison:
         return {"blocks": [asdict(block) | {"parameter_ratio": block.parameter_ratio} for block in self.blocks], "feed_forward": totals, "model": model}
 
     def __str__(self) -> str:
-        rows = [_row(b.path, f"{b.mlp_hidden}>{b.kan_hidden}", b.mlp_parameters, b.kan_parameters, b.mlp_bytes, b.kan_bytes, b.mlp_flops, b.kan_flops) for b in self.blocks]
+        rows = [
+            _row(b.path, f"{b.mlp_hidden}>{b.kan_hidden}", b.mlp_parameters, b.kan_parameters, b.mlp_bytes, b.kan_bytes, b.mlp_flops, b.kan_flops)
+            for b in self.blocks
+        ]
         totals = self.to_dict()
         ffn, model = totals["feed_forward"], totals["model"]
         keys = ("mlp_parameters", "kan_parameters", "mlp_bytes", "kan_bytes", "mlp_flops", "kan_flops")
@@ -96,7 +99,7 @@ def compare(model: nn.Module) -> Comparison:
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward)}
     costs = tuple(_costs(path, block, record) for path, block in blocks.items())
     parameters = list(model.parameters())
-    buffers = [buffer for buffer in model.buffers()]
+    buffers = list(model.buffers())
     inside = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return Comparison(
         model_class=type(model).__name__,

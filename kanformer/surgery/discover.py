@@ -30,7 +30,9 @@ def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list
         if spec is not None:
             sites.append(Site(model, path, spec))
     if not sites:
-        raise NoFeedForwardError("find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC)
+        raise NoFeedForwardError(
+            "find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC
+        )
     return sites
 
 

@@ -32,7 +32,12 @@ def load_model(name_or_path: str, auto_class: str | None = None, **kwargs: Any) 
         raise CheckpointError("load the model", subject=name_or_path, got=_first_line(error), hint=_hint(name_or_path)) from error
     missing = [key for key in info["missing_keys"] if "kan_" in key]
     if missing:
-        raise CheckpointError("load the model", subject=name_or_path, got=f"no tensors for {', '.join(sorted(missing)[:3])}", hint="The weight files and config.json do not belong together.")
+        raise CheckpointError(
+            "load the model",
+            subject=name_or_path,
+            got=f"no tensors for {', '.join(sorted(missing)[:3])}",
+            hint="The weight files and config.json do not belong together.",
+        )
     return model.eval()
 
 
@@ -48,7 +53,9 @@ def load_tokenizer(name_or_path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:
-        raise CheckpointError("load the tokenizer", subject=name_or_path, got=_first_line(error), hint="Save it beside the model: tokenizer.save_pretrained(folder).") from error
+        raise CheckpointError(
+            "load the tokenizer", subject=name_or_path, got=_first_line(error), hint="Save it beside the model: tokenizer.save_pretrained(folder)."
+        ) from error
 
 
 def _own_class(name_or_path: str) -> Any:
@@ -64,7 +71,12 @@ def _check_folder(name_or_path: str) -> None:
     path = Path(name_or_path)
     looks_local = path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not (path / "config.json").is_file():
-        raise CheckpointError("load the model", subject=name_or_path, got="no config.json there" if path.exists() else "no such folder", expected="a folder written by save_pretrained, or a hub id")
+        raise CheckpointError(
+            "load the model",
+            subject=name_or_path,
+            got="no config.json there" if path.exists() else "no such folder",
+            expected="a folder written by save_pretrained, or a hub id",
+        )
 
 
 def _hint(name_or_path: str) -> str:

@@ -48,4 +48,3 @@ def mark_initialized(root: nn.Module, path: str, block: nn.Module) -> None:
     names = path.split(".")
     for depth in range(len(names)):
         get_path(root, ".".join(names[:depth]))._is_hf_initialized = True
-

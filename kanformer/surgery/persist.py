@@ -49,7 +49,9 @@ class KANQuantizer(HfQuantizer):
     def __init__(self, quantization_config: KANQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
-            raise SurgeryError("patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model).")
+            raise SurgeryError(
+                "patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model)."
+            )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
@@ -109,14 +111,26 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
             problem = site.problem()
             if problem is None:
                 return site
-            raise CheckpointError("load the KAN checkpoint", subject=f"{type(model).__name__}, {path}", got=f"a block that {problem}", expected=f"a block as described by the spec {entry.spec.name!r}")
-    raise CheckpointError("load the KAN checkpoint", subject=type(model).__name__, got=f"no module at {entry.path}", hint="config.json and this model class do not fit together; load it with the class it was saved from.")
+            raise CheckpointError(
+                "load the KAN checkpoint",
+                subject=f"{type(model).__name__}, {path}",
+                got=f"a block that {problem}",
+                expected=f"a block as described by the spec {entry.spec.name!r}",
+            )
+    raise CheckpointError(
+        "load the KAN checkpoint",
+        subject=type(model).__name__,
+        got=f"no module at {entry.path}",
+        hint="config.json and this model class do not fit together; load it with the class it was saved from.",
+    )
 
 
 def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward:
     dense = site.dense()
     if dense.hidden_features != entry.mlp_hidden:
-        raise CheckpointError("load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}")
+        raise CheckpointError(
+            "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
+        )
     with torch.device(dense.up_weight.device):
         block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
     add_sentinel(block, entry.spec)

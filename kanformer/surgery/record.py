@@ -87,11 +87,18 @@ class PatchRecord:
         """
         action = "read the KAN part of config.json"
         if values.get("version") != RECORD_VERSION:
-            raise CheckpointError(action, got=f"version {values.get('version')!r}", expected=str(RECORD_VERSION), hint="It was written by another kanformer; install that version or a newer one.")
+            raise CheckpointError(
+                action,
+                got=f"version {values.get('version')!r}",
+                expected=str(RECORD_VERSION),
+                hint="It was written by another kanformer; install that version or a newer one.",
+            )
         unknown = set(values) - {"quant_method", "version", "config", "specs", "sites"}
         lists = all(isinstance(values.get(name), list) and values[name] for name in ("specs", "sites"))
         if unknown or not lists or not isinstance(values.get("config"), dict) or not all(isinstance(spec, dict) for spec in values["specs"]):
-            raise CheckpointError(action, got=f"keys {sorted(values)}", expected="quant_method, version, config (an object), specs and sites (lists of objects)")
+            raise CheckpointError(
+                action, got=f"keys {sorted(values)}", expected="quant_method, version, config (an object), specs and sites (lists of objects)"
+            )
         try:
             specs = [FFNSpec.from_dict(spec) for spec in values["specs"]]
             return cls(KANConfig.from_dict(values["config"]), tuple(SiteRecord.from_dict(site, specs) for site in values["sites"]))

@@ -21,7 +21,13 @@ def unpatch_model(model: Model) -> Model:
     record = get_record(model, "restore the original blocks")
     holder = next(module for module in model.modules() if module.__dict__.get("_kanformer_record") is record)
     if not record.undo:
-        raise SurgeryError("restore the original blocks", subject=type(model).__name__, got="no originals", expected="a model patched with keep_original=True", hint="Load the original checkpoint.")
+        raise SurgeryError(
+            "restore the original blocks",
+            subject=type(model).__name__,
+            got="no originals",
+            expected="a model patched with keep_original=True",
+            hint="Load the original checkpoint.",
+        )
     block: nn.Module | None = None
     for parent, name, original in record.undo:
         current = get_path(holder, parent)._modules[name]

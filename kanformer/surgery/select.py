@@ -34,7 +34,11 @@ def select(sites: list[Site], config: KANConfig) -> list[Site]:
         matches = _matcher(config.exclude_modules, "exclude_modules", paths)
         chosen = [site for site in chosen if not matches(site.path)]
     if not chosen:
-        raise NoFeedForwardError("select feed-forward blocks", got="nothing left after target_modules, layers_to_transform and exclude_modules", expected=f"some of {', '.join(paths[:6])}, ...")
+        raise NoFeedForwardError(
+            "select feed-forward blocks",
+            got="nothing left after target_modules, layers_to_transform and exclude_modules",
+            expected=f"some of {', '.join(paths[:6])}, ...",
+        )
     return chosen
 
 

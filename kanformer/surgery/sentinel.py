@@ -26,7 +26,7 @@ class Sentinel(nn.Module):
 def add_sentinel(block: KANFeedForward, spec: FFNSpec) -> None:
     """Gives the block a tensor under the name of the MLP's first weight."""
     device = next(block.parameters()).device
-    *parents, last = (spec.sentinel.split(".") if spec.sentinel else ["", ""])
+    *parents, last = spec.sentinel.split(".") if spec.sentinel else ["", ""]
     if not last:
         block.register_buffer("weight", torch.zeros(1, dtype=torch.float32, device=device))
         return

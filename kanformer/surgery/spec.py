@@ -59,12 +59,18 @@ class FFNSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FFNSpec:
         """Reads what `to_dict` wrote; unknown or missing keys are an error."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigError("read a feed-forward spec", got=f"unknown key {key!r}", hint=did_you_mean(key, known))
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        for key, value in plain.items():
+            optional = known[key].default is None
+            good = all(isinstance(item, str) for item in value) if key == "identities" and isinstance(value, tuple) else isinstance(value, str)
+            if not (good or (optional and value is None)):
+                raise ConfigError("read a feed-forward spec", subject=key, got=repr(value), expected="a list of texts" if key == "identities" else "a text")
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**plain)
         except TypeError as error:
             raise ConfigError("read a feed-forward spec", got=str(error)) from error
 

@@ -149,7 +149,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 def _check(field: dataclasses.Field, value: Any) -> None:
     choices, limits = field.metadata.get("choices"), field.metadata.get("limits") or {}
     if choices and value is not None and value not in choices:
-        raise ConfigError("read the settings", subject=field.name, got=repr(value), expected=f"one of {', '.join(choices)}", hint=did_you_mean(str(value), choices))
+        raise ConfigError(
+            "read the settings", subject=field.name, got=repr(value), expected=f"one of {', '.join(choices)}", hint=did_you_mean(str(value), choices)
+        )
     if isinstance(value, int | float) and not isinstance(value, bool):
         ge, gt, le = limits.get("ge", -math.inf), limits.get("gt", -math.inf), limits.get("le", math.inf)
         if not (ge <= value <= le and value > gt):
@@ -164,5 +166,7 @@ def _help(fields: dict[str, dataclasses.Field], hints: dict[str, Any], prog: str
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory() if callable(field.default_factory) else None
         kind = "|".join(getattr(part, "__name__", str(part)) for part in _alternatives(hints[name]) if part is not type(None))
         choices = field.metadata.get("choices")
-        parser.add_argument(f"--{name}", default=default, metavar="|".join(choices) if choices else kind.upper(), help=field.metadata.get("help", "").replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}", default=default, metavar="|".join(choices) if choices else kind.upper(), help=field.metadata.get("help", "").replace("%", "%%")
+        )
     return parser.format_help()

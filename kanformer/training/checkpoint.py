@@ -33,7 +33,12 @@ def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any]
         _put(aside, final)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError("write the checkpoint", subject=final, got=error.strerror or str(error), hint="Free some space or choose another output_dir; earlier checkpoints are intact.") from error
+        raise CheckpointError(
+            "write the checkpoint",
+            subject=final,
+            got=error.strerror or str(error),
+            hint="Free some space or choose another output_dir; earlier checkpoints are intact.",
+        ) from error
 
 
 def _put(aside: Path, final: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from kanformer.errors import DataError, did_you_mean
 from kanformer.training.settings import DataArguments
 
+_WINDOW = 16  # groups among which texts are sorted by length
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -23,7 +24,12 @@ def read_lines(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError("read the text", subject=path, got=f"bytes that are not UTF-8 at position {error.start:,}", hint="Convert the file to UTF-8, for example with iconv.") from error
+        raise DataError(
+            "read the text",
+            subject=path,
+            got=f"bytes that are not UTF-8 at position {error.start:,}",
+            hint="Convert the file to UTF-8, for example with iconv.",
+        ) from error
     except OSError as error:
         raise DataError("read the text", subject=path, got=error.strerror or str(error)) from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -60,7 +66,12 @@ def _from_file(path: str, columns: Sequence[str]) -> dict[str, list]:
     suffix = Path(path).suffix.lower()
     if suffix not in _BUILDERS:
         if len(columns) > 1:
-            raise DataError("read labelled text", subject=path, got=f"a {suffix or 'plain'} file", expected=".jsonl, .csv or .parquet with the columns " + ", ".join(columns))
+            raise DataError(
+                "read labelled text",
+                subject=path,
+                got=f"a {suffix or 'plain'} file",
+                expected=".jsonl, .csv or .parquet with the columns " + ", ".join(columns),
+            )
         return {columns[0]: read_lines(path)}
     if not Path(path).is_file():
         raise DataError("read the text", subject=path, got="no such file")
@@ -114,7 +125,12 @@ def pack(tokenizer: Any, texts: Sequence[str], block_size: int) -> list[list[int
     stream = [token for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] for token in (*ids, *end)]
     blocks = [stream[start : start + block_size] for start in range(0, len(stream) - block_size + 1, block_size)]
     if not blocks:
-        raise DataError("cut the text into blocks", got=f"{len(stream):,} tokens", expected=f"at least one block of {block_size}", hint="Give more text or a smaller max_length.")
+        raise DataError(
+            "cut the text into blocks",
+            got=f"{len(stream):,} tokens",
+            expected=f"at least one block of {block_size}",
+            hint="Give more text or a smaller max_length.",
+        )
     return blocks
 
 
@@ -136,17 +152,37 @@ def pad_token(tokenizer: Any) -> int:
 
 
 class Order:
-    """Which example stands at which position of the endless stream of shuffled epochs."""
+    """Which example stands at which position of the endless stream of shuffled epochs.
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self._epoch, self._permutation = size, seed, -1, torch.empty(0)
+    Args:
+        size: number of examples.
+        seed: of the shuffling; the stream depends on nothing else, so it can be entered anywhere.
+        lengths: tokens of each example; given, steps of `group` examples hold texts of similar length, to save padding.
+        group: examples per optimizer step, over all processes.
+    """
+
+    def __init__(self, size: int, seed: int, lengths: Sequence[int] | None = None, group: int = 1) -> None:
+        self.size, self.seed, self.lengths, self.group = size, seed, lengths, group
+        self._epoch = -1
+        self._order: list[int] = []
 
     def __getitem__(self, position: int) -> int:
         epoch, index = divmod(position, self.size)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
-        return int(self._permutation[index])
+            order = torch.randperm(self.size, generator=generator).tolist()
+            self._epoch, self._order = epoch, order if self.lengths is None else self._by_length(order, self.lengths, generator)
+        return self._order[index]
+
+    def _by_length(self, order: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+        """Sorts windows of _WINDOW groups by length and shuffles the groups in each; what fills no group stays at the end."""
+        grouped: list[int] = []
+        whole = self.size - self.size % self.group
+        for start in range(0, whole, _WINDOW * self.group):
+            window = sorted(order[start : min(start + _WINDOW * self.group, whole)], key=lambda index: lengths[index])
+            for number in torch.randperm(len(window) // self.group, generator=generator).tolist():
+                grouped += window[number * self.group : (number + 1) * self.group]
+        return grouped + order[whole:]
 
 
 def micro_batches(order: Order, step: int, rank: int, world: int, batch_size: int, accumulation: int) -> Iterator[list[int]]:

@@ -1,4 +1,7 @@
-"""Distillation of the patched blocks: every KAN-FFN learns its original's output from its original's input, all layers in one pass."""
+"""Distillation of the patched blocks: every KAN-FFN learns its original's output from its original's input, all layers in one pass.
+
+With `hidden_weight` the student also runs on its own, and every layer's hidden state is compared with the teacher's.
+"""
 
 from __future__ import annotations
 
@@ -27,33 +30,36 @@ from kanformer.training.settings import DistillArguments
 _SCALE_BATCHES = 8  # held-out batches from which each layer's output variance is measured, once
 
 
-class LocalDistiller(nn.Module):
-    """The KAN-FFNs of a student beside a frozen teacher, which is not part of this module's parameters.
+class Distiller(nn.Module):
+    """A student's KAN-FFNs beside a frozen teacher, which is not part of this module's parameters.
 
     Args:
         teacher: the original model, in eval mode.
-        sites: its blocks, in the order of `blocks`.
-        blocks: the KAN-FFNs.
+        student: the patched model; only its KAN-FFNs should require gradients.
+        sites: the teacher's blocks. blocks: the KAN-FFNs in their places.
+        local_weight: of the blocks' errors on the teacher's inputs.
+        hidden_weight: of the errors of the student's own hidden states, layer by layer.
     """
 
     scale: Tensor
 
-    def __init__(self, teacher: nn.Module, sites: Sequence[Site], blocks: Sequence[KANFeedForward]) -> None:
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, sites: Sequence[Site], blocks: Sequence[KANFeedForward], local_weight: float = 1.0, hidden_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self._teacher = (teacher,)  # a tuple, so that it is no child: never trained, wrapped or saved
-        self.sites = tuple(sites)
+        self.sites, self.local_weight, self.hidden_weight = tuple(sites), local_weight, hidden_weight
+        self.student = student if hidden_weight else None
         self.blocks = nn.ModuleList(blocks)
         self.register_buffer("scale", torch.ones(len(sites)))
 
     def train(self, mode: bool = True):
         # Dropout would ask the student to match the teacher through noise.
-        super().train(mode)
-        self.blocks.eval()
-        return self
+        return super().train(False)
 
     @torch.no_grad()
-    def teacher_pairs(self, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(input, output) of every original block on the unmasked tokens, each (tokens, d)."""
+    def teacher_pass(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        """(input, output) of every original block on the unmasked tokens, each (tokens, d), and the hidden states of all layers if needed."""
         seen: dict[int, list[Tensor]] = {}
 
         def watch(number: int, site: Site):
@@ -67,28 +73,57 @@ class LocalDistiller(nn.Module):
 
         handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)]
         try:
-            self._teacher[0](**batch)
+            states = _hidden_states(self._teacher[0], batch, bool(self.hidden_weight))
         finally:
             for handle in handles:
                 handle.remove()
-        return [(seen[number][0], seen[number][1]) for number in range(len(self.sites))]
+        return [(seen[number][0], seen[number][1]) for number in range(len(self.sites))], states
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed over tokens: the mean over layers of the squared error over the output's variance."""
+        """Summed over tokens: weighted means over layers of squared errors over the teacher's variance."""
+        pairs, states = self.teacher_pass(batch)
         total = torch.zeros((), device=self.scale.device)
-        for number, (x, target) in enumerate(self.teacher_pairs(batch)):
-            error = (self.blocks[number](x) - target).float().square().mean(-1).sum()
-            total = total + error / (self.scale[number] * len(self.blocks))
-        return total, {}
+        parts: dict[str, Tensor] = {}
+        if self.local_weight:
+            parts["local"] = self._local(pairs)
+            total = total + self.local_weight * parts["local"]
+        if self.student is not None:
+            parts["hidden"] = self._hidden(batch, states)
+            total = total + self.hidden_weight * parts["hidden"]
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def _local(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        errors = [(block(x) - target).float().square().mean(-1).sum() for block, (x, target) in zip(self.blocks, pairs, strict=True)]
+        return (torch.stack(errors) / self.scale).mean()
+
+    def _hidden(self, batch: dict[str, Tensor], states: tuple[Tensor, ...]) -> Tensor:
+        assert self.student is not None
+        own = _hidden_states(self.student, batch, True)
+        errors = []
+        for mine, theirs in zip(own[1:], states[1:], strict=True):
+            wanted, got = select_tokens(theirs, batch).float(), select_tokens(mine, batch).float()
+            errors.append((got - wanted).square().mean(-1).sum() / wanted.var(0, unbiased=False).mean().clamp(min=1e-12))
+        return torch.stack(errors).mean()
+
+
+def _hidden_states(model: nn.Module, batch: dict[str, Tensor], wanted: bool) -> tuple[Tensor, ...]:
+    """Runs the model without its head where only hidden states are wanted: embeddings first, then every layer."""
+    if not wanted:
+        model(**batch)
+        return ()
+    states = getattr(model, "base_model", model)(**batch, output_hidden_states=True).hidden_states
+    if states is None:
+        raise ConfigError("distil", subject=type(model).__name__, got="a model without hidden_states", hint="Set hidden_weight to 0.")
+    return states
 
 
 class DistillTask(Task):
-    """Texts for a `LocalDistiller`; evaluation is the fraction of variance unexplained (FVU) per layer on held-out text."""
+    """Texts for a `Distiller`; evaluation is the fraction of variance unexplained (FVU) per layer on held-out text."""
 
-    def __init__(self, distiller: LocalDistiller, student: nn.Module, tokenizer: Any, train: list[list[int]], held: list[list[int]], batch_size: int) -> None:
+    def __init__(self, distiller: Distiller, student: nn.Module, tokenizer: Any, train: list[list[int]], held: list[list[int]], batch_size: int) -> None:
         self.module, self.model, self.tokenizer = distiller, student, tokenizer
         self.train, self.held, self.batch_size = train, held, batch_size
-        self.examples = len(train)
+        self.examples, self.lengths = len(train), [len(example) for example in train]
         self.layers: list[float] = []
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
@@ -104,8 +139,8 @@ class DistillTask(Task):
             yield {key: value.to(device) for key, value in batch.items()}
 
     @property
-    def distiller(self) -> LocalDistiller:
-        return cast(LocalDistiller, self.module)
+    def distiller(self) -> Distiller:
+        return cast(Distiller, self.module)
 
     @torch.no_grad()
     def measure_scale(self) -> None:
@@ -119,7 +154,7 @@ class DistillTask(Task):
         tokens = 0
         moments = [_Moments() for _ in self.distiller.sites]
         for batch in self.held_batches():
-            for number, (x, target) in enumerate(self.distiller.teacher_pairs(batch)):
+            for number, (x, target) in enumerate(self.distiller.teacher_pass(batch)[0]):
                 block = self.distiller.blocks[number]
                 errors[number] += (block(x) - target).double().square().mean(-1).sum().cpu()
                 moments[number].add(target)
@@ -130,7 +165,7 @@ class DistillTask(Task):
     def _moments(self, limit: int) -> list[_Moments]:
         moments = [_Moments() for _ in self.distiller.sites]
         for _, batch in zip(range(limit), self.held_batches(), strict=False):
-            for number, (_, target) in enumerate(self.distiller.teacher_pairs(batch)):
+            for number, (_, target) in enumerate(self.distiller.teacher_pass(batch)[0]):
                 moments[number].add(target)
         return moments
 
@@ -163,6 +198,8 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
+    if not arguments.local_weight and not arguments.hidden_weight:
+        raise ConfigError("distil", got="local_weight=0 and hidden_weight=0", expected="at least one of them above 0")
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
     start, checkpoint = prepare_output(arguments)
@@ -175,9 +212,13 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     teacher.to(accelerator.device)
     blocks = {path: module for path, module in student.named_modules() if isinstance(module, KANFeedForward)}
     sites = teacher_sites(teacher, student, get_record(student, "distil"))
-    distiller = LocalDistiller(teacher, sites, [blocks[site.path] for site in sites]).to(accelerator.device)
-    examples = [tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held)]
-    task = DistillTask(distiller, student, tokenizer, *examples, arguments.per_device_eval_batch_size)
+    student.requires_grad_(False)
+    for block in blocks.values():
+        block.requires_grad_(True)
+    chosen = [blocks[site.path] for site in sites]
+    distiller = Distiller(teacher, student, sites, chosen, arguments.local_weight, arguments.hidden_weight).to(accelerator.device)
+    train_examples, held_examples = (tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held))
+    task = DistillTask(distiller, student, tokenizer, train_examples, held_examples, arguments.per_device_eval_batch_size)
     task.measure_scale()
     before = task.evaluate()
     results = Trainer(task, arguments, accelerator, start, checkpoint).train()
@@ -185,7 +226,9 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         results = {**{f"start_{name}": value for name, value in before.items()}, **results, "layers": task.layers}
         replace_file(Path(arguments.output_dir) / "layers.csv", task.layer_table())
         replace_file(Path(arguments.output_dir) / "all_results.json", json.dumps(results, indent=2))
-        print(f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {Path(arguments.output_dir) / 'model'}")
+        print(
+            f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {Path(arguments.output_dir) / 'model'}"
+        )
     accelerator.end_training()
     return results
 

@@ -47,7 +47,15 @@ class SummedLoss(nn.Module):
 class TextTask(Task):
     """Examples (token ids, and a class for classification) for `SummedLoss`."""
 
-    def __init__(self, module: SummedLoss, tokenizer: Any, train: list[list[int]], held: list[list[int]], arguments: FinetuneArguments, classes: tuple[list[int], list[int]] | None) -> None:
+    def __init__(
+        self,
+        module: SummedLoss,
+        tokenizer: Any,
+        train: list[list[int]],
+        held: list[list[int]],
+        arguments: FinetuneArguments,
+        classes: tuple[list[int], list[int]] | None,
+    ) -> None:
         self.module, self.model, self.tokenizer = module, module.model, tokenizer
         self.train, self.held, self.arguments, self.classes = train, held, arguments, classes
         self.examples = len(train)
@@ -138,7 +146,12 @@ def _load(source: str, arguments: FinetuneArguments, names: list[str]) -> nn.Mod
 
 def _patch(model: nn.Module, arguments: FinetuneArguments, tokenizer: Any, texts: Sequence[str]) -> nn.Module:
     if arguments.kan is None:
-        raise ConfigError("fine-tune", subject=arguments.model_name_or_path, got="a model that is not patched", hint="Patch it first (kanformer patch), or set kan, for example --kan.init exact.")
+        raise ConfigError(
+            "fine-tune",
+            subject=arguments.model_name_or_path,
+            got="a model that is not patched",
+            hint="Patch it first (kanformer patch), or set kan, for example --kan.init exact.",
+        )
     config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
     batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
     return patch_model(model, config, calibration=batches)
@@ -162,7 +175,12 @@ def _classes(texts: dict[str, list], held: dict[str, list], arguments: FinetuneA
     numbers = {name: number for number, name in enumerate(names)}
     unknown = sorted({str(value) for value in held[arguments.label_column]} - set(names))
     if unknown or len(names) < 2:
-        raise DataError("read the classes", subject=arguments.label_column, got=f"unseen held-out classes {unknown[:3]}" if unknown else f"one class only ({names})", expected="at least two, all of them in the training text")
+        raise DataError(
+            "read the classes",
+            subject=arguments.label_column,
+            got=f"unseen held-out classes {unknown[:3]}" if unknown else f"one class only ({names})",
+            expected="at least two, all of them in the training text",
+        )
     return tuple([numbers[str(value)] for value in part[arguments.label_column]] for part in (texts, held)), names  # type: ignore[return-value]
 
 

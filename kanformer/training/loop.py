@@ -31,6 +31,7 @@ class Task(ABC):
     model: nn.Module  # what is saved
     tokenizer: Any
     examples: int  # number of training examples
+    lengths: list[int] | None = None  # their tokens, where grouping by length saves padding
 
     @abstractmethod
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
@@ -54,7 +55,8 @@ class Trainer:
         self.step, self.tokens = start_step, 0
         optimizer = make_optimizer(task.module, arguments)
         self.module, self.optimizer = accelerator.prepare(task.module, optimizer)
-        self.order = Order(task.examples, arguments.seed)
+        group = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+        self.order = Order(task.examples, arguments.seed, task.lengths, group)
         self.results: dict[str, Any] = {}
         if checkpoint is not None:
             self._load(checkpoint)
@@ -101,7 +103,12 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         self.module.train()
         indices = micro_batches(
-            self.order, self.step, accelerator.process_index, accelerator.num_processes, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+            self.order,
+            self.step,
+            accelerator.process_index,
+            accelerator.num_processes,
+            arguments.per_device_train_batch_size,
+            arguments.gradient_accumulation_steps,
         )
         batches = [{key: value.to(accelerator.device) for key, value in self.task.batch(chosen).items()} for chosen in indices]
         counts = torch.stack([self.task.items(batch).double().to(accelerator.device) for batch in batches])
@@ -121,7 +128,9 @@ class Trainer:
         tokens = torch.tensor(sum(_tokens(batch) for batch in batches), dtype=torch.float64, device=accelerator.device)
         reduced = accelerator.reduce(torch.cat([sums, tokens.view(1)]), "sum").tolist()
         if not math.isfinite(reduced[0]):
-            raise TrainingDiverged("go on training", got=f"loss {reduced[0]} in step {self.step + 1}", hint="Lower the learning rate; the checkpoints before this step stand.")
+            raise TrainingDiverged(
+                "go on training", got=f"loss {reduced[0]} in step {self.step + 1}", hint="Lower the learning rate; the checkpoints before this step stand."
+            )
         if arguments.max_grad_norm:
             accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm)
         factor = learning_rate_factor(self.step, arguments)
@@ -205,7 +214,12 @@ def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
     if arguments.resume:
         return checkpoints[-1] if checkpoints else (0, None)
     if checkpoints or (folder / _RESULTS).exists():
-        raise ConfigError("start training", subject=f"output_dir={folder}", got="a folder that holds another run", hint="Go on with it by --resume, or choose another output_dir.")
+        raise ConfigError(
+            "start training",
+            subject=f"output_dir={folder}",
+            got="a folder that holds another run",
+            hint="Go on with it by --resume, or choose another output_dir.",
+        )
     return 0, None
 
 

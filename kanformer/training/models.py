@@ -45,7 +45,9 @@ def load_patched(source: str | None, teacher_name: str, arguments: DistillArgume
         return student, teacher, tokenizer
     student = load_model(source)
     if not is_patched(student):
-        raise SurgeryError("distil", subject=source, got="a model that is not patched", hint="Patch it first (kanformer patch), or leave model_name_or_path out and set `kan`.")
+        raise SurgeryError(
+            "distil", subject=source, got="a model that is not patched", hint="Patch it first (kanformer patch), or leave model_name_or_path out and set `kan`."
+        )
     return student, teacher, tokenizer
 
 
@@ -61,7 +63,13 @@ def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -
     for entry in record.sites:
         site = by_path.get(entry.path)
         if site is None or site.problem() or site.dense().hidden_features != entry.mlp_hidden:
-            raise SurgeryError("match teacher and student", subject=entry.path, got="no such block in the teacher", expected=f"an MLP of width {entry.mlp_hidden}", hint="Use the model that was patched as the teacher.")
+            raise SurgeryError(
+                "match teacher and student",
+                subject=entry.path,
+                got="no such block in the teacher",
+                expected=f"an MLP of width {entry.mlp_hidden}",
+                hint="Use the model that was patched as the teacher.",
+            )
         sites.append(site)
     return sites
 

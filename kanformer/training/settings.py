@@ -57,7 +57,9 @@ class DistillArguments(LoopArguments, DataArguments):
     teacher_name_or_path: str = option("", "the original model, a folder or hub id")
     tokenizer_name: str | None = option(None, "tokenizer, if not the teacher's")
     kan: dict = option({"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher")
-    calibration_samples: int = option(256, "texts for pruning and grids", ge=1)
+    calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
+    local_weight: float = option(1.0, "of each block's error on the teacher's input", ge=0)
+    hidden_weight: float = option(0.0, "of the error of every layer's hidden state, the student running on its own", ge=0)
 
 
 @dataclass

