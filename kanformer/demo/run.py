@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kanformer.demo.children import accelerate_launch, call, save
 from kanformer.demo.corpus import Corpus, own_text, standard_library
 from kanformer.demo.measure import Bench, cosine, is_causal_lm, last_hidden_state
 from kanformer.demo.settings import DemoArguments, minilm_path
-from kanformer.errors import ConfigError, KanformerError
+from kanformer.errors import ConfigError
 from kanformer.interpret import plot_model
 from kanformer.surgery.apply import patch_model
 from kanformer.surgery.calibrate import calibrate
@@ -43,15 +43,18 @@ class Demo:
         self.out = Path(arguments.out)
         self.source = arguments.model or minilm_path()
         self.results: dict[str, Any] = {"settings": asdict(arguments)}
+        self.arms: dict[str, nn.Module] = {}
 
     def run(self) -> dict[str, Any]:
         """All stages; raises KanformerError with a one-line reason when something is wrong with the input."""
         self._open()
         self._exact()
         self._calibrate()
-        arms = {name: self._shrink(name, edges) for name, edges in _ARMS.items()}
-        self._look(arms["KAN"])
-        self._verify(arms["KAN"])
+        for name, edges in _ARMS.items():
+            self._shrink(name, edges)
+        self._distil()
+        self._look(self.arms["KAN"])
+        self._verify(self.arms["KAN"])
         self._sum_up()
         return self.results
 
@@ -88,28 +91,32 @@ class Demo:
         self._say(f"calibrate on {min(_CALIBRATION_TEXTS, len(self.corpus.train)):,} texts")
         self.calibration = calibrate(self.original, self.bench.batches(self.corpus.train[:_CALIBRATION_TEXTS]))
 
-    def _shrink(self, name: str, edges: str) -> nn.Module:
-        """Prunes and refits, distils through accelerate, measures before and after."""
+    def _shrink(self, name: str, edges: str) -> None:
+        """Prunes and refits one arm, measures it and saves it."""
         self._say(f"{name}: shrink the feed-forward blocks to {self.arguments.param_ratio:g} of their parameters and refit")
-        folder = self.out / edges
         model = copy.deepcopy(self.original)
         patch_model(model, init="prune", edges=edges, param_ratio=self.arguments.param_ratio, calibration=self.calibration, keep_original=False)
         costs = compare(model)
-        row: dict[str, Any] = {"parameters": costs.to_dict()["feed_forward"], "before": self._measure(model)}
+        self.results[name] = {"parameters": costs.to_dict()["feed_forward"], "before": self._measure(model)}
         self._tell(costs)
-        self._tell(f"before training: {_line(row['before'], self.corpus)}")
-        model.save_pretrained(folder / "pruned")  # type: ignore[operator]
-        self.bench.tokenizer.save_pretrained(folder / "pruned")
-        self._say(f"{name}: distil for {self.arguments.steps} steps (accelerate launch)")
-        row["distillation"] = self._distil(folder)
-        trained = load_model(str(folder / "distilled" / "model"))
-        row["after"] = self._measure(trained)
-        self._tell(f"after training: {_line(row['after'], self.corpus)}")
-        self.results[name] = row
-        return trained
+        self._tell(f"before training: {_line(self.results[name]['before'], self.corpus)}")
+        save(model, self.bench.tokenizer, self.out / edges / "pruned")
 
-    def _distil(self, folder: Path) -> dict[str, Any]:
-        arguments = self.arguments
+    def _distil(self) -> None:
+        """Both arms at the same time, half of the cores each, through accelerate."""
+        self._say(f"distil both for {self.arguments.steps} steps")
+        commands = [self._command(edges, position) for position, edges in enumerate(_ARMS.values())]
+        self._tell("\n".join(f"accelerate launch -m kanformer.training.distill --config {self.out / edges / 'distill.yaml'}" for edges in _ARMS.values()))
+        call(commands)
+        for name, edges in _ARMS.items():
+            results = self.out / edges / "distilled" / "all_results.json"
+            self.results[name]["distillation"] = json.loads(results.read_text(encoding="utf-8"))
+            self.arms[name] = load_model(str(self.out / edges / "distilled" / "model"))
+            self.results[name]["after"] = self._measure(self.arms[name])
+            self._tell(f"{name} after training: {_line(self.results[name]['after'], self.corpus)}")
+
+    def _command(self, edges: str, position: int) -> list[str]:
+        arguments, folder = self.arguments, self.out / edges
         settings = DistillArguments(
             model_name_or_path=str(folder / "pruned"),
             teacher_name_or_path=self.source,
@@ -120,26 +127,14 @@ class Demo:
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch_size,
             new_module_learning_rate=arguments.learning_rate,
+            spline_learning_rate=arguments.spline_learning_rate,
+            local_weight=0.0,
+            hidden_weight=1.0,
             seed=arguments.seed,
+            progress_position=position,
         )
         replace_file(folder / "distill.yaml", to_yaml(settings))
-        launch = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ]
-        command = [*launch, *([] if torch.cuda.is_available() else ["--cpu"]), "-m", "kanformer.training.distill", "--config", str(folder / "distill.yaml")]
-        self._tell("accelerate launch -m kanformer.training.distill --config " + str(folder / "distill.yaml"))
-        _call(command)
-        return json.loads((folder / "distilled" / "all_results.json").read_text(encoding="utf-8"))
+        return accelerate_launch("kanformer.training.distill", folder / "distill.yaml", threads=max(1, (os.cpu_count() or 1) // len(_ARMS)))
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         found = {name: cosine(self.bench.embeddings(model, texts), self.embeddings[name]) for name, texts in self._parts().items()}
@@ -158,15 +153,14 @@ class Demo:
 
         self._say("save, load in a fresh process, compare bit for bit")
         folder = self.out / "model"
-        model.save_pretrained(folder)  # type: ignore[operator]
-        self.bench.tokenizer.save_pretrained(folder)
+        save(model, self.bench.tokenizer, folder)
         batch = next(self.bench.batches(self.held))
         with torch.no_grad():
             hidden = last_hidden_state(model, batch)
         state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
         reference = self.out / "reference.safetensors"
         save_file({**batch, **state, "hidden": hidden.contiguous(), "threads": torch.tensor(torch.get_num_threads())}, reference)
-        _call([sys.executable, "-m", "kanformer.demo.verify", str(folder), str(reference)])
+        call([[sys.executable, "-m", "kanformer.demo.verify", str(folder), str(reference)]])
         reference.unlink()
         self.results["reload_bit_equal"] = True
 
@@ -212,14 +206,6 @@ def _check_folder(out: Path) -> None:
 def _prepare_folder(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     replace_file(out / ".kanformer-demo", "")
-
-
-def _call(command: list[str]) -> None:
-    """Runs a child that shows its own progress; its failure is ours."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    code = subprocess.run(command, env=environment, check=False).returncode
-    if code:
-        raise KanformerError("go on with the demo", got=f"exit code {code} from {' '.join(command[1:4])} ...", hint="Its own message stands above.")
 
 
 def demo(arguments: DemoArguments) -> None:

@@ -107,18 +107,28 @@ def _pairs(argv: Sequence[str], fields: dict, hints: dict) -> list[tuple[str, st
 def _override(values: dict[str, Any], name: str, text: str, fields: dict, hints: dict) -> None:
     import yaml
 
-    root, _, key = name.partition(".")
+    root, dot, key = name.partition(".")
+    if dot and not (key and dict in _alternatives(hints[root])):
+        raise ConfigError("read the command line", got=f"--{name}", expected=f"--{root} value")
     try:
-        value = yaml.safe_load(text) if str not in _alternatives(hints[root]) or text in ("null", "None") else text
+        value = text if str in _alternatives(hints[root]) and text != "null" else yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
     value = None if text == "None" else value
-    if key:
+    if dot:
         default = fields[root].default_factory() if fields[root].default_factory is not dataclasses.MISSING else {}
-        mapping = dict(values.get(root, default) or {})
-        values[root] = {**mapping, key: yaml.safe_load(text)}
+        mapping = values.get(root, default)
+        values[root] = {**_convert(mapping or {}, dict, root), key: _number(value)}
     else:
         values[root] = value
+
+
+def _number(value: Any) -> Any:
+    """1e-3, which YAML 1.1 reads as text, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -154,7 +164,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
         ge, gt, le = limits.get("ge", -math.inf), limits.get("gt", -math.inf), limits.get("le", math.inf)
-        if not (ge <= value <= le and value > gt):
+        if not (math.isfinite(value) and ge <= value <= le and value > gt):
             text = " and ".join(f"{sign} {limit:g}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if math.isfinite(limit))
             raise ConfigError("read the settings", subject=field.name, got=str(value), expected=f"a number {text}" if text else "a finite number")
 

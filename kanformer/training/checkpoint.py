@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,37 +18,52 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any] | None = None) -> None:
-    """Lets `fill` write into a folder beside `final`, marks it complete and puts it in the place of `final` in one rename.
+    """Lets `fill` write into a folder beside `final`, marks it complete and puts it in the place of `final`.
 
     Raises:
         CheckpointError: the disk is full or read-only; what stood at `final` is untouched.
     """
-    aside = final.with_name(f".{final.name}.partial")
+    from safetensors import SafetensorError
+
+    final = Path(os.path.abspath(final))
+    aside, old = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "old"))
     try:
+        if old.exists() and not final.exists():
+            os.rename(old, final)  # a crash came between the two renames of _put
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         fill(aside)
         _sync(aside)
         (aside / MARKER).write_text(json.dumps(info or {}), encoding="utf-8")
         _sync(aside)
-        _put(aside, final)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        _put(aside, final, old)
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
         raise CheckpointError(
             "write the checkpoint",
             subject=final,
-            got=error.strerror or str(error),
+            got=reason(error),
             hint="Free some space or choose another output_dir; earlier checkpoints are intact.",
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _put(aside: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
+def _put(aside: Path, final: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
-    os.rename(aside, final)
+    try:
+        os.rename(aside, final)
+    except OSError:
+        if old.exists():
+            os.rename(old, final)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _sync(folder: Path) -> None:
@@ -83,4 +99,6 @@ def replace_file(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
-        raise CheckpointError("write a file", subject=path, got=error.strerror or str(error)) from error
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise CheckpointError("write a file", subject=path, got=reason(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_lines(path: str | Path) -> list[str]:
         DataError: missing, empty or not UTF-8.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             "read the text",
@@ -78,7 +79,8 @@ def _from_file(path: str, columns: Sequence[str]) -> dict[str, list]:
     from datasets import load_dataset
 
     try:
-        table = load_dataset(_BUILDERS[suffix], data_files=path, split="train")
+        with _quiet_datasets():
+            table = load_dataset(_BUILDERS[suffix], data_files=path, split="train")
     except Exception as error:
         raise DataError("read the text", subject=path, got=" ".join(str(error).split())[:200]) from error
     return _columns(table, columns, path)
@@ -93,6 +95,8 @@ def _from_hub(arguments: DataArguments, columns: Sequence[str]) -> tuple[dict[st
         raise DataError("load the dataset", subject=arguments.dataset_name, got=" ".join(str(error).split())[:200]) from error
     held = next((splits[name] for name in ("validation", "test") if name in splits), None)
     name = str(arguments.dataset_name)
+    if "train" not in splits:
+        raise DataError("load the dataset", subject=name, got="no part 'train'", expected=f"one of its parts ({', '.join(splits)}) to be called so")
     return _columns(splits["train"], columns, name), None if held is None else _columns(held, columns, name)
 
 
@@ -103,7 +107,29 @@ def _columns(table: Any, columns: Sequence[str], source: str) -> dict[str, list]
     rows = [row for row in zip(*(table[name] for name in columns), strict=True) if row[0] is not None and str(row[0]).strip()]
     if not rows:
         raise DataError("read the text", subject=source, got="no text in it")
+    for row in rows:
+        if not isinstance(row[0], str):
+            raise DataError("read the text", subject=source, got=f"{row[0]!r} in column {columns[0]!r}", expected="text")
+        for name, value in zip(columns[1:], row[1:], strict=True):
+            if value is None:
+                raise DataError("read the text", subject=source, got=f"a row whose column {name!r} has no value")
     return {name: [row[index] for row in rows] for index, name in enumerate(columns)}
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Reading a file shows no progress bar and logs nothing: what goes wrong is said once, by our error."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    level, disabled = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if not disabled:
+            enable_progress_bars()
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -74,7 +74,16 @@ class Trainer:
             replace_file(self.output_dir / "config.yaml", to_yaml(arguments))
             self._cut_metrics()
         started, begun = time.time(), self.step
-        bar = tqdm(total=arguments.max_steps, initial=self.step, unit="step", disable=arguments.disable_tqdm or not main, dynamic_ncols=True, mininterval=0.5)
+        bar = tqdm(
+            total=arguments.max_steps,
+            initial=self.step,
+            unit="step",
+            desc=str(self.output_dir)[-24:],
+            position=arguments.progress_position,
+            disable=arguments.disable_tqdm or not main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
         window = _Window()
         while self.step < arguments.max_steps:
             loss, metrics, count, tokens = self._optimize()

@@ -12,21 +12,20 @@ from kanformer.training.settings import LoopArguments
 
 
 def parameter_groups(model: nn.Module, arguments: LoopArguments) -> list[dict]:
-    """Trainable parameters by (KAN block or not) x (decayed or not); splines, biases and norms are never decayed."""
-    new = {id(p) for module in model.modules() if isinstance(module, KANFeedForward) for p in module.parameters()}
-    splines = {id(p) for module in model.modules() if isinstance(module, KANFeedForward) for p in module.spline_parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Trainable parameters by kind (rest, KAN block, spline) and decay; splines, biases and norms are never decayed."""
+    blocks = [module for module in model.modules() if isinstance(module, KANFeedForward)]
+    new = {id(parameter) for block in blocks for parameter in block.parameters()}
+    splines = {id(parameter) for block in blocks for parameter in block.spline_parameters()}
+    new_rate = arguments.new_module_learning_rate
+    rates = {"rest": arguments.learning_rate, "kan": new_rate, "spline": new_rate if arguments.spline_learning_rate is None else arguments.spline_learning_rate}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decayed = parameter.dim() >= 2 and id(parameter) not in splines
-            groups.setdefault((id(parameter) in new, decayed), []).append(parameter)
+            kind = "spline" if id(parameter) in splines else "kan" if id(parameter) in new else "rest"
+            groups.setdefault((kind, kind != "spline" and parameter.dim() >= 2), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": arguments.new_module_learning_rate if is_new else arguments.learning_rate,
-            "weight_decay": arguments.weight_decay if decayed else 0.0,
-        }
-        for (is_new, decayed), parameters in sorted(groups.items())
+        {"params": parameters, "lr": rates[kind], "weight_decay": arguments.weight_decay if decayed else 0.0}
+        for (kind, decayed), parameters in sorted(groups.items())
     ]
 
 

@@ -36,6 +36,7 @@ class LoopArguments:
     gradient_accumulation_steps: int = option(1, "micro-batches per step; the loss is weighted by tokens, so k x 1 = 1 x k", ge=1)
     learning_rate: float = option(1e-4, "of everything that is not a KAN block", ge=0)
     new_module_learning_rate: float = option(1e-3, "of the KAN blocks", ge=0)
+    spline_learning_rate: float | None = option(None, "of the learned functions, if not that of the KAN blocks", ge=0)
     weight_decay: float = option(0.0, "on matrices; never on splines, biases and norms", ge=0)
     lr_scheduler_type: str = option("cosine", "after the warm-up", SCHEDULES)
     warmup_steps: float = option(0.05, "steps, or a share of max_steps if below 1", ge=0)
@@ -47,6 +48,7 @@ class LoopArguments:
     resume: bool = option(False, "go on from the newest complete checkpoint in output_dir")
     seed: int = option(0, "of data order, dropout and new weights", ge=0)
     disable_tqdm: bool = option(False, "no progress bar")
+    progress_position: int = option(0, "line of the progress bar, for runs side by side", ge=0)
 
 
 @dataclass

@@ -1,0 +1,46 @@
+"""The child processes of the demo, and the folders that they read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kanformer.errors import KanformerError
+
+
+def accelerate_launch(module: str, config: Path, threads: int) -> list[str]:
+    """The command line of one training process on this machine."""
+    fixed = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    device = [] if torch.cuda.is_available() else ["--cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *fixed, *device, "--num_cpu_threads_per_process", str(threads)]
+    return [*launch, "-m", module, "--config", str(config)]
+
+
+def call(commands: list[list[str]]) -> None:
+    """Runs children side by side; each shows its own progress, and the failure of one is ours.
+
+    Raises:
+        KanformerError: a child failed; the others are stopped.
+    """
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    children = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        for command, child in zip(commands, children, strict=True):
+            if child.wait():
+                raise KanformerError("go on with the demo", got=f"exit code {child.returncode} from {' '.join(command[1:4])} ...", hint="Its own message stands above.")
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+
+
+def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """The model and its tokenizer, as from_pretrained reads them."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
