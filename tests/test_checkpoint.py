@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from training_cases import python
@@ -122,18 +123,20 @@ def test_what_a_crash_left_half_written_is_cleared_away(tmp_path):
     assert tree(tmp_path) == {"model/inner/weights": "1", f"model/{MARKER}": "{}"}
 
 
-@pytest.mark.parametrize("name", ["file/model", "file"])
-def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path, name):
+def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
-    if name == "file":
-        write_folder(tmp_path / "file", fill_with("1"))  # replaced like a folder: callers check what is in use
-        assert (tmp_path / "file" / MARKER).is_file()
-        return
     with pytest.raises(CheckpointError, match="Not a directory"):
-        write_folder(tmp_path / name, fill_with("1"))
+        write_folder(tmp_path / "file" / "model", fill_with("1"))
     with pytest.raises(CheckpointError, match=r"cannot write a file \(.*a.txt\): got Not a directory"):
-        replace_file(tmp_path / name / "a.txt", "x")
+        replace_file(tmp_path / "file" / "a.txt", "x")
     assert tree(tmp_path) == {"file": "mine"}
+
+
+def test_a_relative_folder_and_even_the_current_one_can_be_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_folder(Path("."), fill_with("1"))
+    assert tree(tmp_path) == {"here/inner/weights": "1", f"here/{MARKER}": "{}"}
 
 
 def test_only_marked_folders_count_and_in_the_order_of_their_steps(tmp_path):

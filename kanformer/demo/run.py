@@ -26,6 +26,7 @@ from kanformer.surgery.apply import patch_model
 from kanformer.surgery.calibrate import calibrate
 from kanformer.surgery.compare import compare
 from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.plan import plan_surgery
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import replace_file
 from kanformer.training.settings import DistillArguments
@@ -64,6 +65,7 @@ class Demo:
         self.original = load_model(self.source)
         if getattr(self.original.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
             raise ConfigError("run the demo", subject=self.source, got="an encoder-decoder model", expected="an encoder or a causal language model")
+        plan_surgery(self.original)  # nothing is written for a model that cannot be patched
         self.bench = Bench(load_tokenizer(self.source), self.arguments.max_length)
         self.corpus = own_text(self.arguments.text) if self.arguments.text else standard_library()
         self.held, self.second = self.corpus.held_out[: self.arguments.held_out], self.corpus.second

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import pickle
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
 from kanformer.training.arguments import to_yaml
-from kanformer.training.checkpoint import complete_checkpoints, drop_old, replace_file, write_folder
+from kanformer.training.checkpoint import complete_checkpoints, drop_old, reason, replace_file, write_folder
 from kanformer.training.data import Order, micro_batches
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
@@ -58,6 +59,7 @@ class Trainer:
         group = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         self.order = Order(task.examples, arguments.seed, task.lengths, group)
         self.results: dict[str, Any] = {}
+        self.window = _Window()
         if checkpoint is not None:
             self._load(checkpoint)
 
@@ -74,38 +76,35 @@ class Trainer:
             replace_file(self.output_dir / "config.yaml", to_yaml(arguments))
             self._cut_metrics()
         started, begun = time.time(), self.step
-        bar = tqdm(
-            total=arguments.max_steps,
-            initial=self.step,
-            unit="step",
-            desc=str(self.output_dir)[-24:],
-            position=arguments.progress_position,
-            disable=arguments.disable_tqdm or not main,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
-        window = _Window()
-        while self.step < arguments.max_steps:
-            loss, metrics, count, tokens = self._optimize()
-            window.add(loss, metrics, count, tokens)
-            self.tokens += tokens
-            self.step += 1
-            bar.update(1)
-            bar.set_postfix(loss=f"{loss / count:.4g}", tok_s=f"{window.tokens_per_second():,.0f}")
-            if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
-                self._log({**window.summary(), "learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens": self.tokens})
-                window = _Window()
-            if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-                self._log({f"eval_{name}": value for name, value in self._evaluate().items()})
-            if arguments.save_steps and self.step % arguments.save_steps == 0:
-                self._save()
-        bar.close()
+        total = arguments.max_steps
+        with tqdm(total=total, initial=begun, unit="step", disable=arguments.disable_tqdm or not main, dynamic_ncols=True, mininterval=0.5) as bar:
+            while self.step < total:
+                loss, metrics, count, tokens = self._optimize()
+                self.window.add(loss, metrics, count, tokens)
+                self.tokens += tokens
+                self.step += 1
+                bar.update(1)
+                bar.set_postfix(loss=f"{loss / count:.4g}", tok_s=f"{self.window.tokens_per_second():,.0f}")
+                self._write_down()
+        self._check_weights()
         seconds = time.time() - started
         final = {f"eval_{name}": value for name, value in self._evaluate().items()}
         self._log(final)
         self.results = {**final, "steps": self.step, "tokens": self.tokens, "train_seconds": round(seconds, 3), "steps_this_run": self.step - begun}
         self._finish()
         return self.results
+
+    def _write_down(self) -> None:
+        """What is due after this step: a line of metrics, an evaluation, a checkpoint."""
+        arguments = self.arguments
+        if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
+            self._log({**self.window.summary(), "learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens": self.tokens})
+            self.window = _Window()
+        if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
+            self._log({f"eval_{name}": value for name, value in self._evaluate().items()})
+        if arguments.save_steps and self.step % arguments.save_steps == 0:
+            self._check_weights()
+            self._save()
 
     def _optimize(self) -> tuple[float, dict[str, float], float, int]:
         """One optimizer step. Returns (summed loss, summed metrics, items, tokens) over all processes."""
@@ -136,12 +135,10 @@ class Trainer:
         assert sums is not None
         tokens = torch.tensor(sum(_tokens(batch) for batch in batches), dtype=torch.float64, device=accelerator.device)
         reduced = accelerator.reduce(torch.cat([sums, tokens.view(1)]), "sum").tolist()
-        if not math.isfinite(reduced[0]):
-            raise TrainingDiverged(
-                "go on training", got=f"loss {reduced[0]} in step {self.step + 1}", hint="Lower the learning rate; the checkpoints before this step stand."
-            )
-        if arguments.max_grad_norm:
-            accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm or math.inf)
+        # A gradient scaler (fp16) leaves out steps whose gradient overflows, so there that is no failure.
+        if not math.isfinite(reduced[0]) or not (accelerator.scaler or math.isfinite(norm)):
+            raise _diverged(f"loss {reduced[0]} and gradient norm {float(norm)} in step {self.step + 1}")
         factor = learning_rate_factor(self.step, arguments)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -154,18 +151,31 @@ class Trainer:
         with torch.no_grad():
             metrics = self.task.evaluate()
         self.accelerator.wait_for_everyone()
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise _diverged(f"{metrics} on held-out text after step {self.step}")
         return metrics
+
+    def _check_weights(self) -> None:
+        """Before weights are written: the last step may have ruined them."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+            raise _diverged(f"weights that are not finite after step {self.step}")
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            path = self.output_dir / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": self.step, **values}) + "\n")
+            except OSError as error:
+                raise CheckpointError("write the metrics", subject=path, got=reason(error), hint="Free some space and go on by --resume.") from error
 
     def _cut_metrics(self) -> None:
         """After a resume the lines of steps that will run again are dropped, so that the file is one curve."""
         path = self.output_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.step]
+        if self.step >= self.arguments.max_steps:  # a finished run is evaluated again
+            kept = [line for line in kept if _step_of(line) < self.step or "eval_" not in line]
         replace_file(path, "".join(line + "\n" for line in kept))
 
     def _save(self) -> None:
@@ -176,7 +186,7 @@ class Trainer:
 
             def fill(folder: Path) -> None:
                 self._save_model(folder)
-                torch.save({"optimizer": self.optimizer.state_dict(), "random": states}, folder / "training_state.pt")
+                torch.save({"optimizer": self.optimizer.state_dict(), "random": states, "window": self.window.state()}, folder / "training_state.pt")
 
             write_folder(self.output_dir / f"checkpoint-{self.step}", fill, info)
             drop_old(self.output_dir, self.arguments.save_total_limit)
@@ -188,9 +198,15 @@ class Trainer:
         return gather_object([torch.get_rng_state()])
 
     def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.tokens = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["tokens"]
+        try:
+            state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.tokens = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["tokens"]
+            self.window.sums, self.window.count = state["window"]
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                "go on from the checkpoint", subject=checkpoint, got=reason(error), hint="Delete that folder to go on from the checkpoint before it."
+            ) from error
         if len(state["random"]) == self.accelerator.num_processes:
             torch.set_rng_state(state["random"][self.accelerator.process_index])
 
@@ -244,11 +260,19 @@ class _Window:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count, self.tokens = self.count + count, self.tokens + tokens
 
+    def state(self) -> tuple[dict[str, float], float]:
+        """What a checkpoint keeps, so that the next line is the same after a resume; the speed is measured anew."""
+        return self.sums, self.count
+
     def tokens_per_second(self) -> float:
         return self.tokens / max(time.time() - self.started, 1e-9)
 
     def summary(self) -> dict[str, float]:
         return {**{name: value / self.count for name, value in self.sums.items()}, "tokens_per_second": round(self.tokens_per_second(), 1)}
+
+
+def _diverged(got: str) -> TrainingDiverged:
+    return TrainingDiverged("go on training", got=got, hint="Lower the learning rate; the checkpoints before this step stand.")
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
