@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kanformer.training.arguments import option
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass
@@ -58,7 +62,8 @@ def patch(arguments: PatchArguments) -> None:
         print(plan_surgery(model, config))
         return
     _need(arguments.out, "out")
-    batches = None if arguments.text is None else _batches(arguments.model, arguments.text, arguments.calibration_samples, arguments.max_length)
+    _need_free(arguments.out)
+    batches = None if arguments.text is None else _batches(model, arguments.model, arguments.text, arguments.calibration_samples, arguments.max_length)
     patch_model(model, config, calibration=batches)
     print(count(model))
     tokenizer = _tokenizer(arguments.model)
@@ -68,7 +73,6 @@ def patch(arguments: PatchArguments) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    _need_free(arguments.out)
     write_folder(Path(arguments.out), fill)
     print(f"saved: {arguments.out}")
 
@@ -88,18 +92,15 @@ def plot(arguments: PlotArguments) -> None:
 
     _need(arguments.model, "model")
     model = _load(arguments.model)
-    batches = _batches(arguments.model, arguments.text, arguments.texts, arguments.max_length)
+    batches = _batches(model, arguments.model, arguments.text, arguments.texts, arguments.max_length)
     files = plot_model(model, batches, Path(arguments.out), top=arguments.top, formats=(arguments.format,), progress=print)
     print(f"{len(files)} files in {arguments.out}")
 
 
 def _load(name: str):
-    from transformers.utils import logging
+    from kanformer.surgery.loading import load_model, quiet_transformers
 
-    from kanformer.surgery.loading import load_model
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     return load_model(name)
 
 
@@ -113,16 +114,17 @@ def _tokenizer(name: str):
         return None  # image models have none
 
 
-def _batches(model: str, text: str | None, count: int, max_length: int):
+def _batches(model: nn.Module, name: str, text: str | None, count: int, max_length: int):
     from kanformer.demo.corpus import standard_library
     from kanformer.surgery.loading import load_tokenizer
     from kanformer.training.data import read_lines
-    from kanformer.training.models import calibration_batches
+    from kanformer.training.models import calibration_batches, check_length
 
+    check_length(model, max_length)
     if text is None:
         print("data: docstrings of Python's standard library (give your own with --text FILE)")
     texts = read_lines(text) if text is not None else standard_library().held_out
-    return calibration_batches(load_tokenizer(model), texts, count, max_length)
+    return calibration_batches(load_tokenizer(name), texts, count, max_length)
 
 
 def _need(value: str, name: str) -> None:

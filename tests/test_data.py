@@ -182,6 +182,24 @@ def test_an_example_depends_on_seed_and_position_only(positions):
     assert [order[position] for position in positions] == straight
 
 
+@given(size=st.integers(1, 60), group=st.integers(1, 7), seed=st.integers(0, 99), epoch=st.integers(0, 5))
+def test_grouping_by_length_still_reads_every_example_once_per_epoch(size, group, seed, epoch):
+    lengths = torch.randint(1, 30, (size,), generator=torch.Generator().manual_seed(seed)).tolist()
+    read = [Order(size, seed, lengths, group)[position] for position in range(epoch * size, (epoch + 1) * size)]
+    order = Order(size, seed, lengths, group)
+    assert sorted(read) == list(range(size)) and read[::-1] == [order[position] for position in range((epoch + 1) * size - 1, epoch * size - 1, -1)]
+
+
+def test_grouped_steps_hold_texts_of_similar_length_in_no_order():
+    lengths = torch.randint(1, 100, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    padding = {}
+    for name, order in (("plain", Order(400, 0)), ("grouped", Order(400, 0, lengths, 8))):
+        steps = [[lengths[order[position]] for position in range(start, start + 8)] for start in range(0, 400, 8)]
+        padding[name] = sum(8 * max(step) - sum(step) for step in steps) / sum(lengths)
+    assert padding["grouped"] < 0.5 * padding["plain"] and padding["plain"] > 0.4
+    assert [max(step) for step in steps] != sorted(max(step) for step in steps)
+
+
 def test_seeds_and_epochs_differ_and_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     epochs = {tuple(Order(30, seed)[position] for position in range(start, start + 30)) for seed in range(5) for start in (0, 30, 60)}

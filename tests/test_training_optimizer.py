@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from model_cases import BY_NAME
@@ -19,9 +21,16 @@ def model():
     return patch_model(BY_NAME["bert"].build(), edges="shared")
 
 
-def names_by_group(model) -> dict[tuple[float, float], set[str]]:
+def names_by_group(model, **changes) -> dict[tuple[float, float], set[str]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {(group["lr"], group["weight_decay"]): {names[id(p)] for p in group["params"]} for group in parameter_groups(model, ARGUMENTS)}
+    found: dict[tuple[float, float], set[str]] = {}
+    for group in parameter_groups(model, dataclasses.replace(ARGUMENTS, **changes)):
+        found.setdefault((group["lr"], group["weight_decay"]), set()).update(names[id(p)] for p in group["params"])
+    return found
+
+
+def kan_names(model) -> set[str]:
+    return {f"{path}.{name}" for path, block in model.named_modules() if isinstance(block, KANFeedForward) for name, _ in block.named_parameters()}
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(model):
@@ -33,13 +42,20 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model):
 def test_only_matrices_outside_the_splines_are_decayed_and_kan_blocks_have_their_own_rate(model):
     groups = names_by_group(model)
     assert set(groups) == {(1e-4, 0.0), (1e-4, 0.1), (1e-3, 0.0), (1e-3, 0.1)}
-    new = {f"{path}.{name}" for path, block in model.named_modules() if isinstance(block, KANFeedForward) for name, _ in block.named_parameters()}
-    assert groups[1e-3, 0.0] | groups[1e-3, 0.1] == new
-    assert {name.rsplit(".", 2)[-2] + "." + name.rsplit(".", 1)[-1] for name in groups[1e-3, 0.1]} == {"kan_up.weight", "kan_down.weight"}
+    assert groups[1e-3, 0.0] | groups[1e-3, 0.1] == kan_names(model)
+    assert {".".join(name.split(".")[-2:]) for name in groups[1e-3, 0.1]} == {"kan_up.weight", "kan_down.weight"}
     assert any(name.endswith("kan_coef") for name in groups[1e-3, 0.0])
-    for rate in (1e-4, 1e-3):
-        assert all(name.endswith("weight") and "LayerNorm" not in name for name in groups[rate, 0.1])
-        assert all(name.endswith(("bias", "kan_coef")) or "LayerNorm" in name or "base" in name for name in groups[rate, 0.0])
+    for name in groups[1e-4, 0.1] | groups[1e-3, 0.1]:
+        assert name.endswith("weight") and "LayerNorm" not in name
+    for name in groups[1e-4, 0.0] | groups[1e-3, 0.0]:
+        assert name.endswith(("bias", "kan_coef")) or "LayerNorm" in name
+
+
+def test_splines_can_have_a_rate_of_their_own(model):
+    groups = names_by_group(model, spline_learning_rate=1e-2)
+    assert groups[1e-2, 0.0] == {name for name in kan_names(model) if name.endswith("kan_coef")} and (1e-2, 0.1) not in groups
+    assert groups[1e-3, 0.0] | groups[1e-3, 0.1] == kan_names(model) - groups[1e-2, 0.0]
+    assert set(names_by_group(model, spline_learning_rate=0.0)) == {(1e-4, 0.0), (1e-4, 0.1), (1e-3, 0.0), (1e-3, 0.1), (0.0, 0.0)}
 
 
 def test_full_edges_decay_the_base_weights_but_no_spline():

@@ -33,7 +33,9 @@ def call(commands: list[list[str]]) -> None:
     try:
         for command, child in zip(commands, children, strict=True):
             if child.wait():
-                raise KanformerError("go on with the demo", got=f"exit code {child.returncode} from {' '.join(command[1:4])} ...", hint="Its own message stands above.")
+                raise KanformerError(
+                    "go on with the demo", got=f"exit code {child.returncode} from {' '.join(command[1:4])} ...", hint="Its own message stands above."
+                )
     finally:
         for child in children:
             if child.poll() is None:

@@ -25,7 +25,7 @@ from kanformer.interpret import plot_model
 from kanformer.surgery.apply import patch_model
 from kanformer.surgery.calibrate import calibrate
 from kanformer.surgery.compare import compare
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.surgery.plan import plan_surgery
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import replace_file
@@ -174,9 +174,8 @@ class Demo:
         replace_file(self.out / _MARKER, json.dumps(self.results, indent=2))
         for name in _ARMS:
             row = self.results[name]
-            self._tell(
-                f"{name}, {row['parameters']['parameters_ratio']:.3f} x the parameters: {_line(row['before'], self.corpus)} before, {_line(row['after'], self.corpus)} after distillation"
-            )
+            before, after = (_line(row[when], self.corpus) for when in ("before", "after"))
+            self._tell(f"{name}, {row['parameters']['parameters_ratio']:.3f} x the parameters: {before} before, {after} after distillation")
         if self.causal:
             self._tell(f"perplexity of the original on held-out text: {self.results['original']['perplexity']:.3f}")
         places = {"model": self.out / "model", "figures": self.out / "figures", "numbers": self.out / _MARKER}
@@ -212,8 +211,5 @@ def _prepare_folder(out: Path) -> None:
 
 def demo(arguments: DemoArguments) -> None:
     """Runs the demo; see `DemoArguments`."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     Demo(arguments).run()

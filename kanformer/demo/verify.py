@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import kanformer  # noqa: F401  (registers the checkpoints)
 from kanformer.demo.measure import last_hidden_state
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.loading import load_model, quiet_transformers
 
 
 def main() -> None:
@@ -17,6 +17,7 @@ def main() -> None:
     folder, reference_file = sys.argv[1:3]
     reference = load_file(reference_file)
     torch.set_num_threads(int(reference["threads"]))
+    quiet_transformers()
     model = load_model(folder)
     state = model.state_dict()
     different = [name for name, tensor in reference.items() if name.startswith("state.") and not torch.equal(tensor, state[name[6:]])]

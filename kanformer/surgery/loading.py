@@ -41,6 +41,14 @@ def load_model(name_or_path: str, auto_class: str | None = None, **kwargs: Any) 
     return model.eval()
 
 
+def quiet_transformers() -> None:
+    """Leaves the terminal to our own messages: transformers says errors only and draws no bars."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def load_tokenizer(name_or_path: str) -> Any:
     """The checkpoint's tokenizer.
 

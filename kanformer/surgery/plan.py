@@ -74,7 +74,8 @@ class SurgeryPlan:
         ]
         old, new = (sum(getattr(block, name) for block in self.blocks) for name in ("mlp_parameters", "kan_parameters"))
         rows.append(("total", "", "", "", "", f"{old:,}", f"{new:,}"))
-        head = f"{self.model_class}: {len(self.blocks)} feed-forward blocks -> {self.config.edges} edges, {self.config.basis}, init={self.config.init}, {new / max(old, 1):.3f} x the parameters"
+        what = f"{self.config.edges} edges, {self.config.basis}, init={self.config.init}"
+        head = f"{self.model_class}: {len(self.blocks)} feed-forward blocks -> {what}, {new / max(old, 1):.3f} x the parameters"
         text = head + "\n" + table(("block", "family", "d/h", "activation", "dtype", "MLP params", "KAN params"), rows, right=(5, 6))
         for refusal in self.refusals:
             text += f"\nrefused: {refusal.path} ({refusal.family}): {refusal.reason}"

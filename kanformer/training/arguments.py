@@ -165,7 +165,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         ge, gt, le = limits.get("ge", -math.inf), limits.get("gt", -math.inf), limits.get("le", math.inf)
         if not (math.isfinite(value) and ge <= value <= le and value > gt):
-            text = " and ".join(f"{sign} {limit:g}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if math.isfinite(limit))
+            text = " and ".join(f"{sign} {limit:.10g}" for sign, limit in ((">=", ge), (">", gt), ("<=", le)) if math.isfinite(limit))
             raise ConfigError("read the settings", subject=field.name, got=str(value), expected=f"a number {text}" if text else "a finite number")
 
 

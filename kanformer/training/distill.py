@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from kanformer.conversion.batches import select_tokens
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
+from kanformer.surgery.loading import quiet_transformers
 from kanformer.surgery.record import get_record
 from kanformer.surgery.sites import Site
 from kanformer.training.checkpoint import replace_file
@@ -44,7 +45,13 @@ class Distiller(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, sites: Sequence[Site], blocks: Sequence[KANFeedForward], local_weight: float = 1.0, hidden_weight: float = 0.0
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        sites: Sequence[Site],
+        blocks: Sequence[KANFeedForward],
+        local_weight: float = 1.0,
+        hidden_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self._teacher = (teacher,)  # a tuple, so that it is no child: never trained, wrapped or saved
@@ -200,11 +207,14 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
 
     if not arguments.local_weight and not arguments.hidden_weight:
         raise ConfigError("distil", got="local_weight=0 and hidden_weight=0", expected="at least one of them above 0")
+    if arguments.train_rest != "none" and not arguments.hidden_weight:
+        raise ConfigError("distil", got=f"train_rest={arguments.train_rest} with hidden_weight=0", hint="Only the hidden states teach the rest: set hidden_weight above 0.")
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
     start, checkpoint = prepare_output(arguments)
     accelerator = Accelerator()
     set_seed(arguments.seed)
+    quiet_transformers()
     texts, held = load_texts(arguments, [arguments.text_column])
     source = str(checkpoint) if checkpoint else arguments.model_name_or_path
     student, teacher, tokenizer = load_patched(source, arguments.teacher_name_or_path, arguments, texts[arguments.text_column])
@@ -212,9 +222,7 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     teacher.to(accelerator.device)
     blocks = {path: module for path, module in student.named_modules() if isinstance(module, KANFeedForward)}
     sites = teacher_sites(teacher, student, get_record(student, "distil"))
-    student.requires_grad_(False)
-    for block in blocks.values():
-        block.requires_grad_(True)
+    _freeze(student, blocks.values(), arguments.train_rest)
     chosen = [blocks[site.path] for site in sites]
     distiller = Distiller(teacher, student, sites, chosen, arguments.local_weight, arguments.hidden_weight).to(accelerator.device)
     train_examples, held_examples = (tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held))
@@ -226,11 +234,26 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         results = {**{f"start_{name}": value for name, value in before.items()}, **results, "layers": task.layers}
         replace_file(Path(arguments.output_dir) / "layers.csv", task.layer_table())
         replace_file(Path(arguments.output_dir) / "all_results.json", json.dumps(results, indent=2))
-        print(
-            f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {Path(arguments.output_dir) / 'model'}"
-        )
+        folder = Path(arguments.output_dir) / "model"
+        print(f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {folder}")
     accelerator.end_training()
     return results
+
+
+def _freeze(student: nn.Module, blocks: Iterable[KANFeedForward], rest: str) -> None:
+    """Leaves gradients to the KAN-FFNs, and to the normalisations or everything but embeddings and heads if asked."""
+    base: nn.Module = getattr(student, "base_model", student)
+    student.requires_grad_(False)
+    for module in base.modules() if rest != "none" else ():
+        norm = "Norm" in type(module).__name__
+        if norm or (rest == "all" and not isinstance(module, nn.Embedding)):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    for block in blocks:
+        block.requires_grad_(True)
+    pooler = getattr(base, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)  # no hidden state depends on it
 
 
 def main(argv: Sequence[str] | None = None) -> None:

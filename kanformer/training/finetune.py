@@ -16,10 +16,10 @@ from kanformer.config import KANConfig
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
 from kanformer.training.loop import Task, Trainer, prepare_output
-from kanformer.training.models import calibration_batches, is_patched
+from kanformer.training.models import calibration_batches, check_length, is_patched
 from kanformer.training.settings import FinetuneArguments
 
 _AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "classification": "AutoModelForSequenceClassification"}
@@ -117,6 +117,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
     start, checkpoint = prepare_output(arguments)
     accelerator = Accelerator()
     set_seed(arguments.seed)
+    quiet_transformers()
     columns = [arguments.text_column] + ([arguments.label_column] if arguments.task == "classification" else [])
     texts, held = load_texts(arguments, columns)
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
@@ -124,12 +125,19 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
         raise ConfigError("fine-tune", subject="task=masked_lm", got="a tokenizer without a mask token", hint="Use task=causal_lm, or a masked language model.")
     classes, names = _classes(texts, held, arguments)
     model = _load(str(checkpoint or arguments.model_name_or_path), arguments, names)
+    check_length(model, arguments.max_length)
+    if arguments.task == "causal_lm":
+        _check_causal(model, arguments.model_name_or_path)
+    if arguments.task == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token(tokenizer)  # decoders classify by the last token before the padding
     if not is_patched(model):
         model = _patch(model, arguments, tokenizer, texts[arguments.text_column])
     _freeze(model, arguments)
     model.to(accelerator.device)
     cut = pack if arguments.task == "causal_lm" else tokenize
     examples = [cut(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held)]
+    if classes is not None and [len(part) for part in examples] != [len(part) for part in classes]:
+        raise DataError("tokenize", got="a labelled text without a single token", hint="Remove it.")
     task = TextTask(SummedLoss(model, arguments.task), tokenizer, *examples, arguments, classes)
     results = Trainer(task, arguments, accelerator, start, checkpoint).train()
     if accelerator.is_main_process:
@@ -142,6 +150,17 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
 def _load(source: str, arguments: FinetuneArguments, names: list[str]) -> nn.Module:
     extra = {"num_labels": len(names), "label2id": {name: i for i, name in enumerate(names)}, "id2label": dict(enumerate(names))} if names else {}
     return load_model(source, _AUTO_CLASSES[arguments.task], **extra)
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, name: str) -> None:
+    """An encoder with a language-modelling head sees the token that it shall predict: there is nothing to learn."""
+    logits = model(input_ids=torch.tensor([[0, 0], [0, 1]]), attention_mask=torch.ones(2, 2, dtype=torch.long)).logits.float()
+    first, second = (logits[0] - logits[1]).abs().amax(-1)
+    if first > 1e-3 * second:
+        raise ConfigError(
+            "fine-tune", subject=f"task=causal_lm, {name}", got="a model that looks ahead", hint="Use task=masked_lm, or a causal language model."
+        )
 
 
 def _patch(model: nn.Module, arguments: FinetuneArguments, tokenizer: Any, texts: Sequence[str]) -> nn.Module:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pickle
 import time
 from abc import ABC, abstractmethod
@@ -77,7 +78,16 @@ class Trainer:
             self._cut_metrics()
         started, begun = time.time(), self.step
         total = arguments.max_steps
-        with tqdm(total=total, initial=begun, unit="step", disable=arguments.disable_tqdm or not main, dynamic_ncols=True, mininterval=0.5) as bar:
+        with tqdm(
+            total=total,
+            initial=begun,
+            unit="step",
+            desc=str(self.output_dir)[-24:],
+            position=arguments.progress_position,
+            disable=arguments.disable_tqdm or not main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        ) as bar:
             while self.step < total:
                 loss, metrics, count, tokens = self._optimize()
                 self.window.add(loss, metrics, count, tokens)
@@ -231,10 +241,9 @@ def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
     if not arguments.output_dir:
         raise ConfigError("start training", got="no output_dir", hint="Give a folder: --output_dir runs/mine.")
     folder = Path(arguments.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError("use the output folder", subject=folder, got=error.strerror or str(error)) from error
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # made later: bad input leaves nothing behind
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise CheckpointError("use the output folder", subject=folder, got=f"{nearest}, which is no folder that can be written to")
     checkpoints = complete_checkpoints(folder)
     if arguments.resume:
         return checkpoints[-1] if checkpoints else (0, None)

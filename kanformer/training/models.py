@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kanformer.config import KANConfig
-from kanformer.errors import SurgeryError
+from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model, relative_path
 from kanformer.surgery.discover import find_sites
@@ -37,6 +37,7 @@ def load_patched(source: str | None, teacher_name: str, arguments: DistillArgume
     teacher = load_model(teacher_name).requires_grad_(False)
     if is_patched(teacher):
         raise SurgeryError("distil", subject=teacher_name, got="a teacher that is patched", expected="the original model")
+    check_length(teacher, arguments.max_length)
     if source is None:
         student = load_model(teacher_name)
         config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
@@ -72,6 +73,25 @@ def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -
             )
         sites.append(site)
     return sites
+
+
+def check_length(model: nn.Module, max_length: int) -> None:
+    """Refuses texts that are longer than the model has positions.
+
+    Raises:
+        ConfigError: max_length is too large.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            positions = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from its padding token on
+    if max_length > positions:
+        raise ConfigError(
+            "use texts of this length",
+            subject=f"max_length={max_length}",
+            got=f"{type(model).__name__} with {positions} positions",
+            hint=f"Set --max_length {positions} or less.",
+        )
 
 
 def is_patched(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kanformer.training.arguments import option
 
+REST = ("none", "norms", "all")
 SCHEDULES = ("cosine", "linear", "constant")
 TASKS = ("causal_lm", "masked_lm", "classification")
 
@@ -46,7 +47,7 @@ class LoopArguments:
     save_steps: int = option(0, "steps between checkpoints; 0: only the final model", ge=0)
     save_total_limit: int | None = option(2, "checkpoints to keep", ge=1)
     resume: bool = option(False, "go on from the newest complete checkpoint in output_dir")
-    seed: int = option(0, "of data order, dropout and new weights", ge=0)
+    seed: int = option(0, "of data order, dropout and new weights", ge=0, le=2**32 - 1)
     disable_tqdm: bool = option(False, "no progress bar")
     progress_position: int = option(0, "line of the progress bar, for runs side by side", ge=0)
 
@@ -61,6 +62,7 @@ class DistillArguments(LoopArguments, DataArguments):
     kan: dict = option({"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher")
     calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
     local_weight: float = option(1.0, "of each block's error on the teacher's input", ge=0)
+    train_rest: str = option("none", "what else is trained, at learning_rate: norms, or all but the embeddings; needs hidden_weight", REST)
     hidden_weight: float = option(0.0, "of the error of every layer's hidden state, the student running on its own", ge=0)
 
 

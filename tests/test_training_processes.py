@@ -1,0 +1,104 @@
+"""The scripts as users start them: launched by accelerate, over two processes, killed in the middle, diverging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from training_cases import ROOT, checkpoint, curve, python, run_finetune, same_weights, weights, write_text
+
+from kanformer.cli import main
+from kanformer.training.checkpoint import complete_checkpoints
+
+SETTINGS = "--disable_tqdm --max_length 16 --per_device_train_batch_size 4 --warmup_steps 0 --logging_steps 1 --max_steps 8 --kan.init exact".split()
+LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+KILLED = """
+import os, signal, sys
+from kanformer.training import finetune, loop
+real, where = getattr(loop.Trainer, sys.argv[1]), int(sys.argv[2])
+def replaced(self, *words):
+    found = real(self, *words)
+    if self.step == where:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+setattr(loop.Trainer, sys.argv[1], replaced)
+finetune.main(sys.argv[3:])
+"""
+
+
+@pytest.fixture
+def words(tmp_path):
+    """The command line of a run of `bert`, but for its output_dir."""
+    model, text = checkpoint(tmp_path / "bert"), write_text(tmp_path / "text.txt")
+    return ["--model_name_or_path", model, "--train_file", text, "--task", "masked_lm", "--save_steps", "3", *SETTINGS]
+
+
+@pytest.mark.parametrize(("method", "step"), [("_optimize", 4), ("_save_model", 6)], ids=["in-a-step", "in-a-save"])
+def test_a_run_killed_without_warning_goes_on_to_the_same_bits(tmp_path, words, method, step):
+    out = tmp_path / "out"
+    done = python("-c", KILLED, method, str(step), *words, "--output_dir", str(out))
+    assert done.returncode == -9, done.stderr
+    assert [number for number, _ in complete_checkpoints(out)] == [3] and not (out / "model").exists()
+    assert (out / ".checkpoint-6.partial").is_dir() == (method == "_save_model")
+    main(["finetune", *words, "--output_dir", str(out), "--resume"])
+    main(["finetune", *words, "--output_dir", str(tmp_path / "straight")])
+    assert same_weights(out, tmp_path / "straight") and curve(out) == curve(tmp_path / "straight")
+    assert not list(out.glob(".*"))
+
+
+def test_two_processes_take_the_step_of_one_with_the_same_examples(tmp_path):
+    model, text = checkpoint(tmp_path / "llama", "llama"), write_text(tmp_path / "text.txt")
+    common = ["--model_name_or_path", model, "--train_file", text, *SETTINGS, "--per_device_train_batch_size", "2", "--max_grad_norm", "0.5"]
+    two = python(*LAUNCH, "--num_processes", "2", "--main_process_port", "0", str(ROOT / "scripts/finetune.py"), *common, "--output_dir", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    run_finetune(model, text, tmp_path / "one", per_device_train_batch_size=4, max_grad_norm=0.5)
+    run_finetune(model, text, tmp_path / "half", per_device_train_batch_size=2, max_grad_norm=0.5)
+    one, both, half = (weights(tmp_path / name) for name in ("one", "two", "half"))
+    assert max(float((one[name] - both[name]).abs().max()) for name in one) < 1e-5 < max(float((one[name] - half[name]).abs().max()) for name in one)
+    assert [line["tokens"] for line in curve(tmp_path / "two") if "tokens" in line] == [line["tokens"] for line in curve(tmp_path / "one") if "tokens" in line]
+    assert two.stdout.count("fine-tuned:") == 1
+    for mine, theirs in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_distillation_script_runs_under_accelerate_with_a_config_and_overrides(tmp_path):
+    model, text = checkpoint(tmp_path / "bert"), write_text(tmp_path / "text.txt")
+    (tmp_path / "c.yaml").write_text(f"teacher_name_or_path: {model}\ntrain_file: {text}\nmax_steps: 500\nmax_length: 16\n", encoding="utf-8")
+    words = ["--config", str(tmp_path / "c.yaml"), "--max_steps", "2", "--kan.param_ratio", "0.25", "--output_dir", str(tmp_path / "out")]
+    done = python(*LAUNCH, "--num_processes", "1", str(ROOT / "scripts/distill.py"), *words)
+    assert done.returncode == 0, done.stderr
+    assert "distilled: FVU" in done.stdout and "2/2" in done.stderr and "tok_s=" in done.stderr
+    resolved = (tmp_path / "out" / "config.yaml").read_text(encoding="utf-8")
+    assert "max_steps: 2\n" in resolved and "param_ratio: 0.25" in resolved and "init: prune" in resolved
+    assert weights(tmp_path / "out")["bert.encoder.layer.0.intermediate.kan_up.weight"].shape[0] < 24
+
+
+def test_a_run_that_diverges_exits_with_3_and_says_so_on_a_line_of_its_own(tmp_path, words, capfd):
+    with pytest.raises(SystemExit) as leaving:
+        main(["finetune", *words, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "false", "--learning_rate", "1e37", "--max_steps", "9"])
+    assert leaving.value.code == 3
+    lines = [line.split("\r")[-1] for line in capfd.readouterr().err.split("\n")]
+    said = [line for line in lines if "cannot go on training" in line]
+    assert len(said) == 1 and said[0].startswith("error: cannot go on training: got ") and "Lower the learning rate" in said[0]
+    assert not (tmp_path / "out" / "model").exists() and all(torch.isfinite(tensor).all() for tensor in _last(tmp_path / "out"))
+
+
+def test_the_last_checkpoint_outlives_a_divergence(tmp_path, words):
+    out = tmp_path / "out"
+    main(["finetune", *words, "--output_dir", str(out), "--max_steps", "3"])
+    before = list(_last(out))
+    state = torch.load(out / "checkpoint-3" / "training_state.pt", weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["peak_lr"] = 1e37
+    torch.save(state, out / "checkpoint-3" / "training_state.pt")
+    with pytest.raises(SystemExit) as leaving:
+        main(["finetune", *words, "--output_dir", str(out), "--resume"])
+    assert leaving.value.code == 3 and [step for step, _ in complete_checkpoints(out)] == [3]
+    assert all(torch.equal(a, b) for a, b in zip(before, _last(out), strict=True))
+
+
+def _last(out):
+    """The tensors of the newest checkpoint, if there is one."""
+    from safetensors.torch import load_file
+
+    found = complete_checkpoints(out)
+    return load_file(found[-1][1] / "model.safetensors").values() if found else ()
