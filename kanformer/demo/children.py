@@ -16,10 +16,18 @@ from kanformer.errors import KanformerError
 
 def accelerate_launch(module: str, config: Path, threads: int) -> list[str]:
     """The command line of one training process on this machine."""
-    fixed = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    fixed = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16" if fast_bf16() else "no", "--dynamo_backend", "no"]
     device = [] if torch.cuda.is_available() else ["--cpu"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *fixed, *device, "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "-m", module, "--config", str(config)]
+
+
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware, about twice as fast as float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
 
 
 def call(commands: list[list[str]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kanformer.demo.children import accelerate_launch, call, save
+from kanformer.demo.children import accelerate_launch, call, fast_bf16, save
 from kanformer.demo.corpus import Corpus, own_text, standard_library
 from kanformer.demo.measure import Bench, cosine, is_causal_lm, last_hidden_state
 from kanformer.demo.settings import DemoArguments, minilm_path
@@ -43,7 +43,8 @@ class Demo:
         self.arguments, self.started = arguments, time.time()
         self.out = Path(arguments.out)
         self.source = arguments.model or minilm_path()
-        self.results: dict[str, Any] = {"settings": asdict(arguments)}
+        self.steps = arguments.steps or (320 if fast_bf16() else 200)
+        self.results: dict[str, Any] = {"settings": asdict(arguments), "steps": self.steps, "bf16_training": fast_bf16()}
         self.arms: dict[str, nn.Module] = {}
 
     def run(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Demo:
 
     def _distil(self) -> None:
         """Both arms at the same time, half of the cores each, through accelerate."""
-        self._say(f"distil both for {self.arguments.steps} steps")
+        self._say(f"distil both for {self.steps} steps")
         commands = [self._command(edges, position) for position, edges in enumerate(_ARMS.values())]
         self._tell("\n".join(f"accelerate launch -m kanformer.training.distill --config {self.out / edges / 'distill.yaml'}" for edges in _ARMS.values()))
         call(commands)
@@ -126,7 +127,7 @@ class Demo:
             validation_file=str(self.out / "held-out.txt"),
             output_dir=str(folder / "distilled"),
             max_length=arguments.max_length,
-            max_steps=arguments.steps,
+            max_steps=self.steps,
             per_device_train_batch_size=arguments.batch_size,
             new_module_learning_rate=arguments.learning_rate,
             spline_learning_rate=arguments.spline_learning_rate,
