@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from training_cases import ROOT, python
 
 from kanformer.cli import _COMMANDS
 from kanformer.errors import ConfigError
 from kanformer.training.arguments import option, parse_arguments, to_yaml
 from kanformer.training.settings import DistillArguments, FinetuneArguments
+from training_cases import ROOT, python
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

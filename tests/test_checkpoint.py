@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_cases import python
 
 from kanformer.errors import CheckpointError
 from kanformer.training.checkpoint import MARKER, complete_checkpoints, drop_old, replace_file, write_folder
+from training_cases import python
 
 
 def fill_with(text: str):

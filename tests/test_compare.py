@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from model_cases import BY_NAME, blocks
 
 import kanformer
 from kanformer.errors import SurgeryError
+from model_cases import BY_NAME, blocks
 
 
 @pytest.mark.parametrize("name", ["bert", "opt", "gpt2", "llama"])

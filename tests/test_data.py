@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from training_cases import texts, tokenizer, write_text
 
 from kanformer.errors import DataError
 from kanformer.training.data import Order, load_texts, micro_batches, pack, pad, pad_token, read_lines, tokenize
 from kanformer.training.settings import DataArguments
+from training_cases import texts, tokenizer, write_text
 
 ROWS = [{"text": text, "label": number % 2} for number, text in enumerate(texts(20))]
 
@@ -82,7 +82,7 @@ def test_a_table_that_cannot_be_read_is_refused_on_one_line(tmp_path, suffix, co
 
 
 def test_bytes_that_are_not_utf8_are_named_by_their_position(tmp_path):
-    (tmp_path / "t.txt").write_bytes("gut\n".encode() + "schön".encode("latin-1"))
+    (tmp_path / "t.txt").write_bytes(b"gut\n" + "schön".encode("latin-1"))
     with pytest.raises(DataError, match=r"not UTF-8 at position 7.*iconv"):
         load(str(tmp_path / "t.txt"))
 

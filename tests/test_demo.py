@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from model_cases import blocks
-from training_cases import checkpoint, write_text
 
 from kanformer.cli import main
 from kanformer.surgery.loading import load_model
+from model_cases import blocks
+from training_cases import checkpoint, write_text
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

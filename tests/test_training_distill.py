@@ -6,12 +6,12 @@ import csv
 
 import pytest
 import torch
-from model_cases import same_state, snapshot
-from training_cases import checkpoint, metrics, run_distill, weights, write_text
 
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.surgery.loading import load_model
 from kanformer.training import models
+from model_cases import same_state, snapshot
+from training_cases import checkpoint, metrics, run_distill, weights, write_text
 
 LAYER = "bert.encoder.layer.1.intermediate"
 PRUNED = {"kan": {"init": "prune", "param_ratio": 0.5}}

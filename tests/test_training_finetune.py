@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers as tf
 from datasets import config as datasets_config
-from training_cases import checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights, write_text
 
 from kanformer.errors import ConfigError, DataError
 from kanformer.surgery.loading import load_model
 from kanformer.training import finetune
 from kanformer.training.settings import FinetuneArguments
+from training_cases import checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights, write_text
 
 FAST = {"learning_rate": 1e-2, "new_module_learning_rate": 1e-2, "lr_scheduler_type": "constant"}
 TASKS = [("causal_lm", "gpt2"), ("causal_lm", "llama"), ("masked_lm", "bert"), ("classification", "bert"), ("classification", "gpt2")]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_cases import checkpoint, metrics, run_distill, same_weights, weights, write_text
 
 from kanformer.errors import ConfigError
 from kanformer.training.data import Order
+from training_cases import checkpoint, metrics, run_distill, same_weights, weights, write_text
 
 _PRUNE = {"kan": {"init": "prune", "param_ratio": 0.6}}
 
@@ -61,4 +61,3 @@ def test_grouping_by_length_keeps_every_text_and_saves_padding():
     assert padding(order) < 0.4 * padding(plain)
     again = Order(103, seed=4, lengths=lengths, group=4)
     assert [again[position] for position in (150, 3, 101)] == [order[position] for position in (150, 3, 101)]
-

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from training_cases import checkpoint, curve, metrics, run_distill, run_finetune, same_weights, weights, write_text
 
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
 from kanformer.training import loop
 from kanformer.training.checkpoint import complete_checkpoints
 from kanformer.training.settings import LoopArguments
+from training_cases import checkpoint, curve, metrics, run_distill, run_finetune, same_weights, weights, write_text
 
 
 @pytest.fixture

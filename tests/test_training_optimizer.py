@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from model_cases import BY_NAME
 
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer, parameter_groups
 from kanformer.training.settings import LoopArguments
+from model_cases import BY_NAME
 
 ARGUMENTS = LoopArguments(learning_rate=1e-4, new_module_learning_rate=1e-3, weight_decay=0.1)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
-from training_cases import ROOT, checkpoint, curve, python, run_finetune, same_weights, weights, write_text
 
 from kanformer.cli import main
 from kanformer.training.checkpoint import complete_checkpoints
+from training_cases import ROOT, checkpoint, curve, python, run_finetune, same_weights, weights, write_text
 
-SETTINGS = "--disable_tqdm --max_length 16 --per_device_train_batch_size 4 --warmup_steps 0 --logging_steps 1 --max_steps 8 --kan.init exact".split()
-LAUNCH = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+SETTINGS = ["--disable_tqdm", "--max_length", "16", "--per_device_train_batch_size", "4", "--warmup_steps", "0"]
+SETTINGS += ["--logging_steps", "1", "--max_steps", "8", "--kan.init", "exact"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH_TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml"), "--num_processes", "2", "--main_process_port"]
 KILLED = """
 import os, signal, sys
 from kanformer.training import finetune, loop
@@ -48,7 +52,7 @@ def test_a_run_killed_without_warning_goes_on_to_the_same_bits(tmp_path, words, 
 def test_two_processes_take_the_step_of_one_with_the_same_examples(tmp_path):
     model, text = checkpoint(tmp_path / "llama", "llama"), write_text(tmp_path / "text.txt")
     common = ["--model_name_or_path", model, "--train_file", text, *SETTINGS, "--per_device_train_batch_size", "2", "--max_grad_norm", "0.5"]
-    two = python(*LAUNCH, "--num_processes", "2", "--main_process_port", "0", str(ROOT / "scripts/finetune.py"), *common, "--output_dir", str(tmp_path / "two"))
+    two = python(*LAUNCH_TWO, str(_free_port()), str(ROOT / "scripts/finetune.py"), *common, "--output_dir", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     run_finetune(model, text, tmp_path / "one", per_device_train_batch_size=4, max_grad_norm=0.5)
     run_finetune(model, text, tmp_path / "half", per_device_train_batch_size=2, max_grad_norm=0.5)
@@ -94,6 +98,12 @@ def test_the_last_checkpoint_outlives_a_divergence(tmp_path, words):
         main(["finetune", *words, "--output_dir", str(out), "--resume"])
     assert leaving.value.code == 3 and [step for step, _ in complete_checkpoints(out)] == [3]
     assert all(torch.equal(a, b) for a, b in zip(before, _last(out), strict=True))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _last(out):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers as tf
-from model_cases import BY_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from kanformer.surgery.apply import patch_model
 from kanformer.training.distill import distill
 from kanformer.training.finetune import finetune
 from kanformer.training.settings import DistillArguments, FinetuneArguments
+from model_cases import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [a + b for a in ("ba", "ku", "mi", "no", "re", "sa") for b in ("d", "f", "lo", "mur", "p", "st")]

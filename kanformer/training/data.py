@@ -96,7 +96,7 @@ def _from_hub(arguments: DataArguments, columns: Sequence[str]) -> tuple[dict[st
     held = next((splits[name] for name in ("validation", "test") if name in splits), None)
     name = str(arguments.dataset_name)
     if "train" not in splits:
-        raise DataError("load the dataset", subject=name, got="no part 'train'", expected=f"one of its parts ({', '.join(splits)}) to be called so")
+        raise DataError("load the dataset", subject=name, got="no part 'train'", expected=f"one of its parts ({', '.join(map(str, splits))}) to be called so")
     return _columns(splits["train"], columns, name), None if held is None else _columns(held, columns, name)
 
 

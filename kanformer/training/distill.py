@@ -208,7 +208,9 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     if not arguments.local_weight and not arguments.hidden_weight:
         raise ConfigError("distil", got="local_weight=0 and hidden_weight=0", expected="at least one of them above 0")
     if arguments.train_rest != "none" and not arguments.hidden_weight:
-        raise ConfigError("distil", got=f"train_rest={arguments.train_rest} with hidden_weight=0", hint="Only the hidden states teach the rest: set hidden_weight above 0.")
+        raise ConfigError(
+            "distil", got=f"train_rest={arguments.train_rest} with hidden_weight=0", hint="Only the hidden states teach the rest: set hidden_weight above 0."
+        )
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
     start, checkpoint = prepare_output(arguments)

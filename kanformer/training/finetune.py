@@ -18,7 +18,7 @@ from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
 from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, prepare_output
+from kanformer.training.loop import Task, Trainer, make_accelerator, prepare_output
 from kanformer.training.models import calibration_batches, check_length, is_patched
 from kanformer.training.settings import FinetuneArguments
 
@@ -109,13 +109,12 @@ class TextTask(Task):
 
 def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
     """Runs a fine-tuning as described by the settings and returns its results (also in all_results.json)."""
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     if not arguments.model_name_or_path:
         raise ConfigError("fine-tune", got="no model_name_or_path", hint="Name a patched checkpoint: --model_name_or_path FOLDER_OR_ID.")
     start, checkpoint = prepare_output(arguments)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     set_seed(arguments.seed)
     quiet_transformers()
     columns = [arguments.text_column] + ([arguments.label_column] if arguments.task == "classification" else [])
@@ -128,17 +127,18 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
     check_length(model, arguments.max_length)
     if arguments.task == "causal_lm":
         _check_causal(model, arguments.model_name_or_path)
-    if arguments.task == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_token(tokenizer)  # decoders classify by the last token before the padding
+    config: Any = model.config
+    if arguments.task == "classification" and config.pad_token_id is None:
+        config.pad_token_id = pad_token(tokenizer)  # decoders classify by the last token before the padding
     if not is_patched(model):
         model = _patch(model, arguments, tokenizer, texts[arguments.text_column])
     _freeze(model, arguments)
     model.to(accelerator.device)
     cut = pack if arguments.task == "causal_lm" else tokenize
-    examples = [cut(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held)]
-    if classes is not None and [len(part) for part in examples] != [len(part) for part in classes]:
+    train, held_out = (cut(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held))
+    if classes is not None and (len(train), len(held_out)) != (len(classes[0]), len(classes[1])):
         raise DataError("tokenize", got="a labelled text without a single token", hint="Remove it.")
-    task = TextTask(SummedLoss(model, arguments.task), tokenizer, *examples, arguments, classes)
+    task = TextTask(SummedLoss(model, arguments.task), tokenizer, train, held_out, arguments, classes)
     results = Trainer(task, arguments, accelerator, start, checkpoint).train()
     if accelerator.is_main_process:
         shown = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in results.items() if name.startswith("eval_"))

@@ -26,6 +26,21 @@ from kanformer.training.settings import LoopArguments
 _RESULTS = "all_results.json"
 
 
+def make_accelerator() -> Any:
+    """accelerate's `Accelerator`; processes without a GPU each join over gloo, which accelerate does only when told to.
+
+    Raises:
+        ConfigError: several processes were started, but they do not know each other.
+    """
+    from accelerate import Accelerator
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accelerator = Accelerator(cpu=True) if world > 1 and not torch.accelerator.is_available() else Accelerator()
+    if accelerator.num_processes < world:
+        raise ConfigError("start training", got=f"{world} processes, of which accelerate joined {accelerator.num_processes}", hint="Start one process.")
+    return accelerator
+
+
 class Task(ABC):
     """What is trained: a module whose forward gives a summed loss, its data and its evaluation."""
 

@@ -1,0 +1,127 @@
+"""The command line: what each short command prints and writes, and one line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kanformer import __version__
+from kanformer.cli import main
+from kanformer.surgery.loading import load_model
+from model_cases import blocks
+from training_cases import checkpoint, python, write_text
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Folders and files by name, `{name}` in the command lines below."""
+    found = {"tmp": tmp_path, "bert": checkpoint(tmp_path / "bert"), "kan": checkpoint(tmp_path / "kan", patch={"init": "exact"})}
+    found["cut"] = checkpoint(tmp_path / "cut", patch={"init": "exact"})
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:3000])
+    found["text"] = write_text(tmp_path / "text.txt")
+    for name, content in {"empty": b"\n", "latin": "schön".encode("latin-1")}.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+        found[name] = tmp_path / f"{name}.txt"
+    return found
+
+
+def refused(words: list[str], capfd, code: int = 2) -> str:
+    """The one line that a refused command line leaves on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        main(words)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "it/s]" not in line and "?it/s" not in line]
+    assert leaving.value.code == code and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("polt {kan}", "unknown command 'polt'. Did you mean 'plot'"),
+        ("compare {kan} --jsn", "unknown key 'jsn'. Did you mean 'json'"),
+        ("compare", "no model"),
+        ("compare {bert}", "not patched"),
+        ("compare {tmp}/none", "no such folder"),
+        ("compare {tmp}", "no config.json there"),
+        ("compare {cut}", "model.safetensors is damaged or cut short"),
+        ("plot {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
+        ("plot {kan} --out {tmp}/new --text {empty} --max_length 16", "an empty file"),
+        ("plot {kan} --out {tmp}/new --text {latin} --max_length 16", "not UTF-8 at position 3"),
+        ("plot {kan} --out {tmp}/new --text {text} --max_length 65", "with 64 positions. Set --max_length 64 or less"),
+        ("plot {kan} --out {tmp}/new --format pgn", "Did you mean 'png'"),
+        ("plot {kan} --out {text} --text {text} --max_length 16", "cannot make a folder"),
+        ("patch {bert}", "no out"),
+        ("patch {bert} --out {kan}", "a path that is in use"),
+        ("patch {bert} --out {text}", "a path that is in use"),
+        ("patch {kan} --out {tmp}/new", "patched already"),
+        ("patch {bert} --out {tmp}/new --kan.inti exact", "unknown key 'inti'. Did you mean 'init'"),
+        ("patch {bert} --out {tmp}/new --kan.init prune --kan.param_ratio 0", "param_ratio=0"),
+        ("patch {bert} --out {tmp}/new --kan.init prune --kan.param_ratio 0.5", "no calibration data"),
+        ("patch {bert} --out {tmp}/new --kan.init prune --kan.param_ratio 0.5 --text {empty} --max_length 16", "an empty file"),
+        ("patch {bert} --out {text}/new --max_length 16", "Not a directory"),
+        ("distill --teacher_name_or_path {bert} --model_name_or_path {bert} --train_file {text} --output_dir {tmp}/new --max_length 16", "not patched"),
+        ("distill --teacher_name_or_path {bert} --train_file {empty} --output_dir {tmp}/new", "an empty file"),
+        ("distill --teacher_name_or_path {bert} --train_file {latin} --output_dir {tmp}/new", "not UTF-8"),
+        ("distill --teacher_name_or_path {bert} --train_file {text} --output_dir {text}", "no folder that can be written to"),
+        ("finetune --model_name_or_path {cut} --task masked_lm --train_file {text} --output_dir {tmp}/new", "damaged or cut short"),
+        ("finetune --model_name_or_path {kan} --task mlm --train_file {text} --output_dir {tmp}/new", "Did you mean 'masked_lm'"),
+        ("finetune --model_name_or_path {kan} --train_file {text} --output_dir {tmp}/new --seed 5000000000", "<= 4294967295"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(places, line, message, capfd):
+    before = {path: path.stat().st_mtime_ns for path in places["tmp"].rglob("*")}
+    assert message in refused([word.format(**places) for word in line.split()], capfd)
+    assert {path: path.stat().st_mtime_ns for path in places["tmp"].rglob("*")} == before
+
+
+def test_a_real_process_ends_with_code_2_and_no_traceback(places):
+    done = python("-m", "kanformer.cli", "compare", str(places["tmp"] / "none"))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: cannot load the model")
+
+
+def test_overview_and_version(capsys):
+    main([])
+    overview = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == overview
+    assert all(f"  {name} " in overview for name in ("patch", "compare", "distill", "finetune", "plot", "demo"))
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_patch_saves_a_model_with_its_tokenizer(places, capsys):
+    out, before = places["tmp"] / "new", load_model(str(places["bert"]))
+    main(["patch", places["bert"], "--out", str(out), "--kan.edges", "full", "--kan.grid_size", "3"])
+    assert f"saved: {out}" in capsys.readouterr().out and (out / "tokenizer.json").is_file() and not list(places["tmp"].glob(".*"))
+    model = load_model(str(out))
+    assert [block.edges for block in blocks(model).values()] == ["full", "full"]
+    assert model.config.vocab_size == before.config.vocab_size
+
+
+def test_patch_can_prune_on_text(places, capsys):
+    out = places["tmp"] / "new"
+    main(["patch", places["bert"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--kan.init", "prune", "--kan.param_ratio", "0.5"])
+    assert all(block.hidden_features < 48 for block in blocks(load_model(str(out))).values())
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(places, capsys):
+    main(["patch", places["bert"], "--out", str(places["tmp"] / "new"), "--dry_run"])
+    assert "2 feed-forward blocks" in capsys.readouterr().out and not (places["tmp"] / "new").exists()
+
+
+def test_compare_prints_a_table_or_json(places, capsys):
+    main(["compare", places["kan"]])
+    assert "whole model:" in capsys.readouterr().out
+    main(["compare", places["kan"], "--json"])
+    assert json.loads(capsys.readouterr().out)["feed_forward"]["parameters_ratio"] > 1
+
+
+def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):
+    out = places["tmp"] / "figures"
+    main(["plot", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--top", "4"])
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"layer_00.png", "layer_01.png", "functions.csv"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png")) and f"files in {out}" in capsys.readouterr().out
