@@ -9,7 +9,7 @@ import torch
 
 from kanformer.cli import main
 from kanformer.training.checkpoint import complete_checkpoints
-from training_cases import ROOT, checkpoint, curve, python, run_finetune, same_weights, weights, write_text
+from training_cases import ROOT, checkpoint, curve, python, run_distill, run_finetune, same_weights, weights, write_text
 
 SETTINGS = ["--disable_tqdm", "--max_length", "16", "--per_device_train_batch_size", "4", "--warmup_steps", "0"]
 SETTINGS += ["--logging_steps", "1", "--max_steps", "8", "--kan.init", "exact"]
@@ -62,6 +62,17 @@ def test_two_processes_take_the_step_of_one_with_the_same_examples(tmp_path):
     assert two.stdout.count("fine-tuned:") == 1
     for mine, theirs in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_two_processes_distil_like_one(tmp_path):
+    model, text = checkpoint(tmp_path / "bert"), write_text(tmp_path / "text.txt")
+    common = ["--teacher_name_or_path", model, "--train_file", text, *SETTINGS[:-2], "--hidden_weight", "1", "--per_device_train_batch_size", "2"]
+    two = python(*LAUNCH_TWO, str(_free_port()), str(ROOT / "scripts/distill.py"), *common, "--output_dir", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr
+    run_distill(model, text, tmp_path / "one", per_device_train_batch_size=4, hidden_weight=1.0)
+    one, both = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[name] - both[name]).abs().max()) for name in one) < 1e-5
+    assert two.stdout.count("distilled:") == 1
 
 
 def test_the_distillation_script_runs_under_accelerate_with_a_config_and_overrides(tmp_path):

@@ -57,7 +57,7 @@ def run_batches(
                 model(**inputs)
             except KanformerError:
                 raise
-            except (TypeError, IndexError, ValueError) as error:
+            except (TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())
                 raise DataError("run the model", subject=f"batch {number}", got=f"{type(model).__name__} does not take {sorted(inputs)} ({reason})") from error
             if after is not None and after(number):

@@ -18,7 +18,7 @@ def accelerate_launch(module: str, config: Path, threads: int) -> list[str]:
     """The command line of one training process on this machine."""
     fixed = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "bf16" if fast_bf16() else "no", "--dynamo_backend", "no"]
     device = [] if torch.cuda.is_available() else ["--cpu"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *fixed, *device, "--num_cpu_threads_per_process", str(threads)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *fixed, *device, "--num_cpu_threads_per_process", str(threads)]
     return [*launch, "-m", module, "--config", str(config)]
 
 

@@ -24,7 +24,7 @@ from kanformer.surgery.record import get_record
 from kanformer.surgery.sites import Site
 from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, prepare_output
+from kanformer.training.loop import Task, Trainer, make_accelerator, prepare_output
 from kanformer.training.models import load_patched, teacher_sites
 from kanformer.training.settings import DistillArguments
 
@@ -153,7 +153,7 @@ class DistillTask(Task):
     def measure_scale(self) -> None:
         """Sets each layer's output variance, the unit of its loss."""
         for number, moments in enumerate(self._moments(_SCALE_BATCHES)):
-            self.distiller.scale[number] = moments.variance().clamp(min=1e-12)
+            self.distiller.scale[number] = moments.variance()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -197,12 +197,11 @@ class _Moments:
         self.total, self.squares = self.total.to(x.device) + x.sum(0), self.squares.to(x.device) + x.square().sum(0)
 
     def variance(self) -> Tensor:
-        return (self.squares / self.count - (self.total / self.count).square()).mean().cpu()
+        return (self.squares / self.count - (self.total / self.count).square()).mean().clamp(min=1e-12).cpu()
 
 
 def distill(arguments: DistillArguments) -> dict[str, Any]:
     """Runs a distillation as described by the settings and returns its results (also in all_results.json)."""
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     if not arguments.local_weight and not arguments.hidden_weight:
@@ -214,7 +213,7 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
     start, checkpoint = prepare_output(arguments)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     set_seed(arguments.seed)
     quiet_transformers()
     texts, held = load_texts(arguments, [arguments.text_column])
