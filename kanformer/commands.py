@@ -44,6 +44,7 @@ class PlotArguments:
     texts: int = option(256, "texts to use", ge=1)
     max_length: int = option(128, "tokens per text", ge=2)
     top: int = option(48, "functions to draw per layer", ge=1)
+    y: str = option("free", "y-scale: one per function, or shared in a figure so that small functions look small", ("free", "shared"))
     format: str = option("png", "of the figures", ("png", "svg", "pdf"))
 
 
@@ -93,7 +94,7 @@ def plot(arguments: PlotArguments) -> None:
     _need(arguments.model, "model")
     model = _load(arguments.model)
     batches = _batches(model, arguments.model, arguments.text, arguments.texts, arguments.max_length)
-    files = plot_model(model, batches, Path(arguments.out), top=arguments.top, formats=(arguments.format,), progress=print)
+    files = plot_model(model, batches, Path(arguments.out), top=arguments.top, formats=(arguments.format,), y=arguments.y, progress=print)
     print(f"{len(files)} files in {arguments.out}")
 
 

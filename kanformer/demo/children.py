@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -30,24 +32,49 @@ def fast_bf16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def call(commands: list[list[str]]) -> None:
+def call(commands: list[list[str]]) -> float:
     """Runs children side by side; each shows its own progress, and the failure of one is ours.
+
+    Returns:
+        The most memory that this process and its children held together, in GiB, looked at twice a second.
 
     Raises:
         KanformerError: a child failed; the others are stopped.
     """
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     children = [subprocess.Popen(command, env=environment) for command in commands]
+    peak = 0.0
     try:
-        for command, child in zip(commands, children, strict=True):
-            if child.wait():
-                raise KanformerError(
-                    "go on with the demo", got=f"exit code {child.returncode} from {' '.join(command[1:4])} ...", hint="Its own message stands above."
-                )
+        while any(child.poll() is None for child in children):
+            _check(commands, children)
+            peak = max(peak, memory_in_use())
+            time.sleep(0.5)
+        _check(commands, children)
     finally:
         for child in children:
             if child.poll() is None:
                 child.terminate()
+    return peak
+
+
+def _check(commands: list[list[str]], children: list[subprocess.Popen]) -> None:
+    for command, child in zip(commands, children, strict=True):
+        if child.poll():
+            program = " ".join(command[1:4])
+            raise KanformerError("go on with the demo", got=f"exit code {child.returncode} from {program} ...", hint="Its own message stands above.")
+
+
+def memory_in_use() -> float:
+    """GiB of this process and all below it, shared pages counted once where the system tells."""
+    total = 0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        try:
+            memory = process.memory_full_info()
+        except psutil.Error:  # it has just ended
+            continue
+        total += getattr(memory, "pss", memory.rss)
+    return total / 2**30
 
 
 def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -160,9 +160,14 @@ def pack(tokenizer: Any, texts: Sequence[str], block_size: int) -> list[list[int
     return blocks
 
 
-def pad(examples: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, both (examples, longest)."""
+def pad(examples: Sequence[Sequence[int]], pad_id: int, round_to: int = 1, limit: int | None = None) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (examples, longest), with longest rounded up to a multiple of `round_to` but not above `limit`.
+
+    Few different shapes keep the caches of compiled GEMMs small.
+    """
     longest = max(len(example) for example in examples)
+    rounded = -(-longest // round_to) * round_to
+    longest = rounded if limit is None else max(longest, min(rounded, limit))
     ids = torch.full((len(examples), longest), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, example in enumerate(examples):

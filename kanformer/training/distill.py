@@ -134,7 +134,7 @@ class DistillTask(Task):
         self.layers: list[float] = []
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        return pad([self.train[index] for index in indices], pad_token(self.tokenizer))
+        return pad([self.train[index] for index in indices], pad_token(self.tokenizer), 8, max(self.lengths or [1]))
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["attention_mask"].sum()
