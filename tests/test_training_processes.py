@@ -79,7 +79,8 @@ def test_the_distillation_script_runs_under_accelerate_with_a_config_and_overrid
     model, text = checkpoint(tmp_path / "bert"), write_text(tmp_path / "text.txt")
     (tmp_path / "c.yaml").write_text(f"teacher_name_or_path: {model}\ntrain_file: {text}\nmax_steps: 500\nmax_length: 16\n", encoding="utf-8")
     words = ["--config", str(tmp_path / "c.yaml"), "--max_steps", "2", "--kan.param_ratio", "0.25", "--output_dir", str(tmp_path / "out")]
-    done = python(*LAUNCH, "--num_processes", "1", str(ROOT / "scripts/distill.py"), *words)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
+    done = python(*launch, str(ROOT / "scripts/distill.py"), *words)
     assert done.returncode == 0, done.stderr
     assert "distilled: FVU" in done.stdout and "2/2" in done.stderr and "tok_s=" in done.stderr
     resolved = (tmp_path / "out" / "config.yaml").read_text(encoding="utf-8")
