@@ -13,7 +13,6 @@ from training_cases import ROOT, checkpoint, curve, python, run_distill, run_fin
 
 SETTINGS = ["--disable_tqdm", "--max_length", "16", "--per_device_train_batch_size", "4", "--warmup_steps", "0"]
 SETTINGS += ["--logging_steps", "1", "--max_steps", "8", "--kan.init", "exact"]
-LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCH_TWO = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/ddp.yaml"), "--num_processes", "2", "--main_process_port"]
 KILLED = """
 import os, signal, sys
