@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from kanformer.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
-_SWITCHES = ("true", "false", "yes", "no", "on", "off", "0", "1")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None, **limits: float) -> Any:
@@ -95,7 +94,7 @@ def _pairs(argv: Sequence[str], fields: dict, hints: dict) -> list[tuple[str, st
             _known(name.split(".")[0], fields, "command line")
         if not equals:
             flag = bool in _alternatives(hints.get(name, str))
-            if rest and not rest[0].startswith("--") and (not flag or rest[0].lower() in _SWITCHES):
+            if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             elif flag:
                 value = "true"
