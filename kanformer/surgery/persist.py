@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from kanformer.surgery.modules import join
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
-
-logger = logging.getLogger(__name__)
 
 
 class KANQuantizationConfig(QuantizationConfigMixin):

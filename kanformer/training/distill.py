@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from kanformer.conversion.batches import select_tokens
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
-from kanformer.surgery.loading import quiet_transformers
 from kanformer.surgery.record import get_record
 from kanformer.surgery.sites import Site
 from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, make_accelerator, prepare_output
+from kanformer.training.loop import Task, Trainer, start_run
 from kanformer.training.models import load_patched, teacher_sites
 from kanformer.training.settings import DistillArguments
 
@@ -65,8 +64,11 @@ class Distiller(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def teacher_pass(self, batch: dict[str, Tensor]) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
-        """(input, output) of every original block on the unmasked tokens, each (tokens, d), and the hidden states of all layers if needed."""
+    def teacher_pass(self, batch: dict[str, Tensor], pairs: bool = True) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+        """(input, output) of every original block on the unmasked tokens, each (tokens, d), and the hidden states of all layers if needed.
+
+        Without `pairs` the first list is empty.
+        """
         seen: dict[int, list[Tensor]] = {}
 
         def watch(number: int, site: Site):
@@ -78,17 +80,17 @@ class Distiller(nn.Module):
 
             return site.up.register_forward_pre_hook(before), site.down.register_forward_hook(after)
 
-        handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)]
+        handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)] if pairs else []
         try:
             states = _hidden_states(self._teacher[0], batch, bool(self.hidden_weight))
         finally:
             for handle in handles:
                 handle.remove()
-        return [(seen[number][0], seen[number][1]) for number in range(len(self.sites))], states
+        return [(seen[number][0], seen[number][1]) for number in sorted(seen)], states
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed over tokens: weighted means over layers of squared errors over the teacher's variance."""
-        pairs, states = self.teacher_pass(batch)
+        pairs, states = self.teacher_pass(batch, pairs=bool(self.local_weight))
         total = torch.zeros((), device=self.scale.device)
         parts: dict[str, Tensor] = {}
         if self.local_weight:
@@ -202,8 +204,6 @@ class _Moments:
 
 def distill(arguments: DistillArguments) -> dict[str, Any]:
     """Runs a distillation as described by the settings and returns its results (also in all_results.json)."""
-    from accelerate.utils import set_seed
-
     if not arguments.local_weight and not arguments.hidden_weight:
         raise ConfigError("distil", got="local_weight=0 and hidden_weight=0", expected="at least one of them above 0")
     if arguments.train_rest != "none" and not arguments.hidden_weight:
@@ -212,10 +212,7 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         )
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
-    start, checkpoint = prepare_output(arguments)
-    accelerator = make_accelerator()
-    set_seed(arguments.seed)
-    quiet_transformers()
+    start, checkpoint, accelerator = start_run(arguments)
     texts, held = load_texts(arguments, [arguments.text_column])
     source = str(checkpoint) if checkpoint else arguments.model_name_or_path
     student, teacher, tokenizer = load_patched(source, arguments.teacher_name_or_path, arguments, texts[arguments.text_column])

@@ -16,9 +16,9 @@ from kanformer.config import KANConfig
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
-from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
+from kanformer.surgery.loading import load_model, load_tokenizer
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, make_accelerator, prepare_output
+from kanformer.training.loop import Task, Trainer, start_run
 from kanformer.training.models import calibration_batches, check_length, is_patched
 from kanformer.training.settings import FinetuneArguments
 
@@ -109,14 +109,9 @@ class TextTask(Task):
 
 def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
     """Runs a fine-tuning as described by the settings and returns its results (also in all_results.json)."""
-    from accelerate.utils import set_seed
-
     if not arguments.model_name_or_path:
         raise ConfigError("fine-tune", got="no model_name_or_path", hint="Name a patched checkpoint: --model_name_or_path FOLDER_OR_ID.")
-    start, checkpoint = prepare_output(arguments)
-    accelerator = make_accelerator()
-    set_seed(arguments.seed)
-    quiet_transformers()
+    start, checkpoint, accelerator = start_run(arguments)
     columns = [arguments.text_column] + ([arguments.label_column] if arguments.task == "classification" else [])
     texts, held = load_texts(arguments, columns)
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)

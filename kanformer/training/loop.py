@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
+from kanformer.surgery.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import complete_checkpoints, drop_old, reason, replace_file, write_folder
 from kanformer.training.data import Order, micro_batches
@@ -244,6 +245,17 @@ class Trainer:
             write_folder(self.output_dir / "model", self._save_model)
             replace_file(self.output_dir / _RESULTS, json.dumps(self.results, indent=2))
         self.accelerator.wait_for_everyone()
+
+
+def start_run(arguments: LoopArguments) -> tuple[int, Path | None, Any]:
+    """(first step, checkpoint to go on from, accelerator) of a run whose settings are good; see `prepare_output` and `make_accelerator`."""
+    from accelerate.utils import set_seed
+
+    start, checkpoint = prepare_output(arguments)
+    accelerator = make_accelerator()
+    set_seed(arguments.seed)
+    quiet_transformers()
+    return start, checkpoint, accelerator
 
 
 def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
