@@ -27,6 +27,8 @@ class KANConfig:
         grid_size: G, intervals inside the grid range.
         spline_order: k, degree of the splines.
         grid_range: (lo, hi) of every grid until it is calibrated, in the units of the function's input.
+        knots: "uniform", or "free" for B-splines whose knots a grid update may set anywhere (slower).
+        extrapolation: beyond the grid range, "zero" (splines fade to 0, the base function carries on) or "linear" (the tangent at the end).
         init: "exact" (computes what the MLP computed), "prune" (keeps the best hidden channels and refits the
             down map, needs `param_ratio` and calibration data) or "random" (training from scratch).
         param_ratio: parameters of the KAN-FFN over the MLP's, in (0, 1]; only with init="prune".
@@ -45,6 +47,8 @@ class KANConfig:
     grid_size: int = 8
     spline_order: int = 3
     grid_range: tuple[float, float] = (-4.0, 4.0)
+    knots: str = "uniform"
+    extrapolation: str = "zero"
     init: str = "exact"
     param_ratio: float | None = None
     width: int | str | None = None
@@ -71,7 +75,8 @@ class KANConfig:
     def _check_choices(self) -> None:
         from kanformer import bases
 
-        for name, known in (("basis", bases.available()), ("edges", EDGES), ("init", INITS)):
+        choices = {"basis": bases.available(), "edges": EDGES, "init": INITS, "knots": ("uniform", "free"), "extrapolation": ("zero", "linear")}
+        for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 self._fail(name, f"one of {', '.join(known)}", did_you_mean(str(value), known))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import register_random, settings
+
+# No test waits for a compiler unless it asks for one (kanformer.ops.use_backend).
+os.environ.setdefault("KANFORMER_BACKEND", "eager")
 
 # Small tensors: a second thread gains nothing, and costs several times the time when the cores are busy.
 torch.set_num_threads(1)

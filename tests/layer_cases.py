@@ -6,15 +6,24 @@ import pytest
 import torch
 from torch import nn
 
+from kanformer.bases import available
 from kanformer.config import KANConfig
 from kanformer.layers import EdgeFunctions, KANFeedForward, KANLinear, SharedKANLinear
 
 D, H = 6, 10
+BASES = {
+    "free knots": {"basis": "bspline", "knots": "free"},
+    "linear beyond": {"basis": "bspline", "extrapolation": "linear"},
+    **{name: {"basis": name} for name in available() if name != "bspline"},
+    "rbf linear beyond": {"basis": "rbf", "extrapolation": "linear"},
+    "chebyshev linear beyond": {"basis": "chebyshev", "extrapolation": "linear"},
+}
 
 
 def feed_forward(edges, gated, **options):
-    options = {"activation": "gelu", **options}
-    return KANFeedForward(D, H, gated=gated, config=KANConfig(edges=edges, grid_size=4), **options)
+    names = [name for name in ("basis", "knots", "extrapolation") if name in options]
+    config = KANConfig(edges=edges, grid_size=4, **{name: options.pop(name) for name in names})
+    return KANFeedForward(D, H, gated=gated, config=config, **{"activation": "gelu", **options})
 
 
 LAYERS = {
@@ -28,6 +37,13 @@ LAYERS = {
         for edges in ("shared", "full", "mlp")
         for gated in (False, True)
     },
+    **{f"KANLinear, {name}": (lambda b: lambda **o: KANLinear(D, 5, **b, **o))(basis) for name, basis in BASES.items()},
+    **{f"SharedKANLinear, {name}": (lambda b: lambda **o: SharedKANLinear(D, 5, groups=3, **b, **o))(basis) for name, basis in BASES.items()},
+    **{
+        f"{edges} gated, {name}": (lambda e, b: lambda **o: feed_forward(e, True, **b, **o))(edges, basis)
+        for edges in ("shared", "full")
+        for name, basis in BASES.items()
+    },
 }
 WITH_GRID = [name for name in LAYERS if not name.startswith("mlp")]
 each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
@@ -38,7 +54,7 @@ def trained(module: nn.Module) -> nn.Module:
     """The module with coefficients as training would leave them, not zero."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.endswith("kan_coef"):
+            if name.endswith(("kan_coef", "kan_inner")):
                 parameter.normal_()
     return module
 

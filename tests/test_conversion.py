@@ -13,7 +13,7 @@ from kanformer.config import KANConfig
 from kanformer.conversion import DenseFFN, FFNStatistics, convert
 from kanformer.conversion.prune import eliminate, prune_channels
 from kanformer.conversion.statistics import ChannelRange
-from kanformer.conversion.widths import kan_parameters, mlp_parameters, width_within
+from kanformer.conversion.widths import free_groups, kan_parameters, mlp_parameters, width_within
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
 
@@ -113,6 +113,31 @@ def test_groups_divide_the_pruned_width():
     block, x = dense(h=16), torch.randn(100, 5, dtype=torch.float64)
     made = convert(block, config, gathered(block, x))
     assert made.hidden_features % 4 == 0 and made.kan_functions.kan_coef.shape[0] == 4
+
+
+@pytest.mark.parametrize("budget", [200, 555, 590_784])
+def test_free_groups_cost_at_most_a_channel_or_two(budget):
+    """The functions fit beside the widest MLP of the budget: at MiniLM's half, 59 of them without losing one of its 767 channels."""
+    width, form = 384 if budget > 10_000 else 5, {"gated": False, "up_bias": True, "down_bias": True}
+    config = KANConfig(grid_size=6)
+    groups = free_groups(budget, width, config, **form)
+    mlp = width_within(budget, width, KANConfig(edges="mlp"), **form)
+    kan = width_within(budget, width, config.replace(groups=groups), **form)
+    assert kan % groups == 0 and mlp - 2 <= kan <= mlp
+    assert budget != 590_784 or (groups, kan, mlp) == (59, 767, 767)
+    assert kan_parameters(width, kan, config.replace(groups=groups), **form) <= budget
+
+
+def test_channels_that_share_a_function_see_like_ranges():
+    block, x = dense(h=16), torch.randn(100, 5, dtype=torch.float64)
+    statistics = gathered(block, x)
+    config = KANConfig(init="prune", param_ratio=0.9, groups=2, grid_size=1, spline_order=1)
+    made = convert(block, config, statistics)
+    assert made.hidden_features > 4
+    means = made.kan_up(x.to(made.kan_up.weight.dtype)).mean(0)
+    assert (means.diff() >= -1e-9).all()
+    plain = convert(block, config.replace(groups=None, param_ratio=1.0), statistics)
+    torch.testing.assert_close(plain(x), block.output(x), rtol=1e-3, atol=1e-3)
 
 
 def test_ranges_follow_the_data_and_constant_channels_fall_back():

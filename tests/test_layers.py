@@ -14,7 +14,7 @@ from torch.func import functional_call
 from kanformer.layers import EdgeFunctions, KANLinear, SharedKANLinear
 from kanformer.layers.feed_forward import copy_linear
 from kanformer.ops import reference_edge_functions, reference_full_edges
-from layer_cases import LAYERS, D, H, each_layer, feed_forward, trained
+from layer_cases import BASES, LAYERS, D, H, each_layer, feed_forward, trained
 
 
 def test_a_kan_linear_is_the_papers_formula():
@@ -122,10 +122,10 @@ def test_dropout_acts_in_training_only():
     torch.testing.assert_close(block(x), block.kan_down.bias.expand(200, D))
 
 
-@pytest.mark.parametrize("base", ["identity", "silu", "gelu", "relu", "tanh"])
+@pytest.mark.parametrize("options", [*({"base": base} for base in ("identity", "silu", "gelu", "relu", "tanh")), *BASES.values()], ids=str)
 @pytest.mark.parametrize("layer", [KANLinear, SharedKANLinear])
-def test_a_fresh_map_keeps_the_variance_within_ten_percent(layer, base):
-    assert 0.9 < layer(256, 256, base=base)(torch.randn(4000, 256)).var() < 1.1
+def test_a_fresh_map_keeps_the_variance_within_ten_percent(layer, options):
+    assert 0.9 < layer(256, 256, **options)(torch.randn(4000, 256)).var() < 1.1
 
 
 def test_only_layers_with_functions_list_spline_parameters():

@@ -45,10 +45,10 @@ def test_a_shared_block_keeps_no_more_for_backward_than_the_mlp(gated, dtype):
     assert saved_bytes(block, x) <= saved_bytes(control, x) == (4 if gated else 2) * hidden
 
 
-@pytest.mark.parametrize(("base", "planes"), [("identity", 0), ("silu", 1)])
-def test_a_full_edge_map_keeps_its_input_and_its_base_only(base, planes):
+@pytest.mark.parametrize("base", ["identity", "silu", "gelu"])
+def test_a_full_edge_map_keeps_its_input_only(base):
     x = torch.randn(512, 64).requires_grad_()
-    assert saved_bytes(KANLinear(64, 32, base=base), x) == planes * x.nbytes
+    assert saved_bytes(KANLinear(64, 32, base=base), x) == 0
 
 
 # Moved, copied, stored.

@@ -27,10 +27,31 @@ def _basis_class(name: str):
     raise ConfigError("find a basis", subject=module.__name__, expected=f"a Basis subclass with name = {name!r}")
 
 
-def make_basis(name: str, grid_size: int = 8, spline_order: int = 3):
-    """The basis called `name` with G = grid_size intervals and degree k = spline_order."""
+def make_basis(name: str, grid_size: int = 8, spline_order: int = 3, *, knots: str = "uniform", extrapolation: str = "zero"):
+    """The basis called `name` with G = grid_size intervals and degree k = spline_order; the rest as in `Basis`.
+
+    Raises:
+        ConfigError: an unknown name, sizes that make no grid, or an option that this basis does not have.
+    """
+    from kanformer.bases.base import EXTRAPOLATIONS, KNOTS
+
     if not (isinstance(grid_size, int) and isinstance(spline_order, int) and grid_size >= 1 and spline_order >= 0):
         raise ConfigError(
             "make a basis", got=f"grid_size={grid_size!r}, spline_order={spline_order!r}", expected="integers grid_size >= 1 and spline_order >= 0"
         )
-    return _basis_class(name)(grid_size=grid_size, spline_order=spline_order)
+    for option, value, known in (("knots", knots, KNOTS), ("extrapolation", extrapolation, EXTRAPOLATIONS)):
+        if value not in known:
+            raise ConfigError("make a basis", got=f"{option}={value!r}", hint=did_you_mean(str(value), known))
+    made = _basis_class(name)(grid_size=grid_size, spline_order=spline_order, knots=knots, extrapolation=extrapolation)
+    if knots == "free" and name != "bspline":
+        raise ConfigError("make a basis", got=f"knots='free' with basis {name!r}", hint="Only B-splines have knots to set free.")
+    if extrapolation == "linear" and made.unbounded:
+        raise ConfigError("make a basis", got=f"extrapolation='linear' with basis {name!r}", hint="Its members are meant for all x.")
+    return made
+
+
+@functools.lru_cache(maxsize=256)
+def basis_of(spec: str):
+    """The basis that `Basis.spec` describes."""
+    name, grid_size, spline_order, knots, extrapolation = spec.split(":")
+    return make_basis(name, int(grid_size), int(spline_order), knots=knots, extrapolation=extrapolation)

@@ -72,9 +72,10 @@ def convert(dense: DenseFFN, config: KANConfig, statistics: FFNStatistics | None
             raise ConfigError("prune", got="no calibration data", hint="Pass calibration=batches to patch_model.")
         block = empty_block(dense, config, hidden, down_bias=True)
         pruned = prune_channels(dense, statistics, hidden, config.ridge)
-        keep = pruned.keep
+        order = _group_order(block, statistics, pruned.keep)
+        keep = pruned.keep[order]
         _copy_expanding(block, dense, keep)
-        copy_linear(block.kan_down, pruned.weight, pruned.bias)
+        copy_linear(block.kan_down, pruned.weight[:, order], pruned.bias)
     else:
         block = empty_block(dense, config, hidden, down_bias=dense.down_bias is not None)
         if config.init == "random":
@@ -93,6 +94,14 @@ def _copy_expanding(block: KANFeedForward, dense: DenseFFN, keep: Tensor) -> Non
         pairs.append((block.kan_gate, dense.gate_weight, dense.gate_bias))
     for target, weight, bias in pairs:
         copy_linear(target, weight[keep], None if bias is None else bias[keep])
+
+
+def _group_order(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor) -> Tensor:
+    """The order of the kept channels: where several share a function, those that see a like range of values come together."""
+    functions = block.kan_functions
+    if not isinstance(functions, EdgeFunctions) or functions.groups == functions.channels:
+        return torch.arange(keep.numel(), device=keep.device)
+    return statistics.preactivations.total[keep].argsort()
 
 
 def _set_grids(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor, config: KANConfig) -> None:

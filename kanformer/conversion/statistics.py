@@ -17,16 +17,15 @@ class ChannelRange:
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (tokens, channels)."""
-        x = x.double()
         if self.count == 0:
-            zeros = x.new_zeros(x.shape[1])
+            zeros = x.new_zeros(x.shape[1], dtype=torch.float64)
             self.total, self.squares = zeros, zeros.clone()
             self.low, self.high = zeros + float("inf"), zeros - float("inf")
         self.count += x.shape[0]
-        self.total += x.sum(0)
-        self.squares += x.square().sum(0)
-        self.low = torch.minimum(self.low, x.amin(0))
-        self.high = torch.maximum(self.high, x.amax(0))
+        self.total += x.sum(0, dtype=torch.float64)
+        self.squares += x.double().square().sum(0)
+        low, high = torch.aminmax(x, dim=0)
+        self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
 
     def grid_range(self, default: tuple[float, float], sigmas: float = 4.0) -> tuple[Tensor, Tensor]:
         """(lo, hi), each (channels,): mean +- `sigmas` standard deviations, cut to what was seen; `default` where a channel is constant."""
@@ -81,11 +80,19 @@ class FFNStatistics:
             wide = hidden.double()
             if self.gram is None:
                 self.gram = wide.new_zeros(wide.shape[1], wide.shape[1])
-            self.gram.addmm_(wide.t(), wide)
+            _add_upper_gram(self.gram, wide)
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """(covariance (h, h), mean (h,)) of the hidden channels, in float64."""
         if self.gram is None or self.tokens == 0:
             raise DataError("calibrate", subject=self.name, got="no tokens", hint="Pass calibration batches with at least one unmasked token.")
         mean = self.hidden.total / self.tokens
-        return self.gram / self.tokens - torch.outer(mean, mean), mean
+        gram = self.gram.triu() + self.gram.triu(1).t()
+        return gram / self.tokens - torch.outer(mean, mean), mean
+
+
+def _add_upper_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:
+    """Adds x^T x (h, h) for x (tokens, h), only what lies on and above the diagonal's blocks: five eighths of the work."""
+    width = -(-x.shape[1] // blocks)
+    for first in range(0, x.shape[1], width):
+        gram[first : first + width, first:].addmm_(x[:, first : first + width].t(), x[:, first:])

@@ -18,10 +18,11 @@ def kan_parameters(in_features: int, hidden: int, config: KANConfig, *, gated: b
     base = mlp_parameters(in_features, hidden, gated=gated, up_bias=up_bias, down_bias=down_bias)
     if config.edges == "mlp":
         return base
-    n_basis = make_basis(config.basis, config.grid_size, config.spline_order).n_basis
+    basis = make_basis(config.basis, config.grid_size, config.spline_order)
     if config.edges == "shared":
-        return base + (config.groups or hidden) * n_basis
-    return base + (3 if gated else 2) * in_features * hidden * n_basis
+        return base + (config.groups or hidden) * (basis.n_basis + basis.n_inner)
+    inner = basis.n_inner * ((2 if gated else 1) * in_features + hidden)  # one set per input of each map
+    return base + (3 if gated else 2) * in_features * hidden * basis.n_basis + inner
 
 
 def width_within(budget: int, in_features: int, config: KANConfig, **form: bool) -> int:
@@ -46,3 +47,18 @@ def width_within(budget: int, in_features: int, config: KANConfig, **form: bool)
             hint="Raise param_ratio, or lower grid_size or groups.",
         )
     return low * step
+
+
+def free_groups(budget: int, in_features: int, config: KANConfig, **form: bool) -> int:
+    """How many learned functions fit into `budget` beside the widest MLP that does, so that they cost (almost) no channel: a divisor of the width.
+
+    For shared edges that are to be compared with an MLP of the same width and parameters.
+    """
+    basis = make_basis(config.basis, config.grid_size, config.spline_order)
+    width = width_within(budget, in_features, config.replace(edges="mlp", groups=None), **form)
+    for hidden in range(width, 0, -1):
+        spare = (budget - mlp_parameters(in_features, hidden, **form)) // (basis.n_basis + basis.n_inner)
+        divisors = [groups for groups in range(1, min(hidden, spare) + 1) if hidden % groups == 0]
+        if divisors:
+            return divisors[-1]
+    raise ConfigError("fit learned functions into the budget", got=f"{budget:,} parameters", hint="Raise param_ratio, or lower grid_size.")

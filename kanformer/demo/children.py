@@ -41,7 +41,8 @@ def call(commands: list[list[str]]) -> float:
     Raises:
         KanformerError: a child failed; the others are stopped.
     """
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    # One compiler process in place of a pool of them, each of which would import torch.
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     children = [subprocess.Popen(command, env=environment) for command in commands]
     peak = 0.0
     try:

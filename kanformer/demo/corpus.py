@@ -81,7 +81,7 @@ def _texts(path: Path) -> tuple[list[str], list[str]]:
     paragraphs: list[str] = []
     functions: list[str] = []
     lines = source.splitlines()
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
                 text = " ".join(paragraph.split())
@@ -93,6 +93,14 @@ def _texts(path: Path) -> tuple[list[str], list[str]]:
             if len(text) >= _SHORTEST:
                 functions.append(text[:_LONGEST])
     return paragraphs, functions
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all statements below it; expressions, which hold no docstring, are not entered."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _statements(child)
 
 
 def _shuffled(texts: list[str]) -> list[str]:

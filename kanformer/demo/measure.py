@@ -23,20 +23,27 @@ class Bench:
     batch_size: int = 32
 
     def batches(self, texts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Padded batches of model inputs."""
+        """Padded batches of model inputs, texts of like length together."""
+        for _, batch in self._numbered(texts):
+            yield batch
+
+    def _numbered(self, texts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         examples = tokenize(self.tokenizer, texts, self.max_length)
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
         for start in range(0, len(examples), self.batch_size):
-            yield pad(examples[start : start + self.batch_size], pad_token(self.tokenizer))
+            chosen = order[start : start + self.batch_size]
+            yield chosen, pad([examples[index] for index in chosen], pad_token(self.tokenizer))
 
     @torch.no_grad()
     def embeddings(self, model: nn.Module, texts: Sequence[str]) -> Tensor:
         """(texts, d) unit vectors: the mean of the last hidden states over the tokens, as sentence-transformers does for MiniLM."""
-        vectors = []
-        for batch in self.batches(texts):
+        vectors, order = [], []
+        for chosen, batch in self._numbered(texts):
             hidden = last_hidden_state(model, batch)
             weight = batch["attention_mask"].unsqueeze(-1).to(hidden)
             vectors.append(F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1))
-        return torch.cat(vectors)
+            order += chosen
+        return torch.cat(vectors)[torch.tensor(order).argsort()]
 
     @torch.no_grad()
     def perplexity(self, model: nn.Module, texts: Sequence[str]) -> float:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kanformer.config import KANConfig
+from kanformer.conversion.widths import free_groups
 from kanformer.demo.children import accelerate_launch, call, fast_bf16, save
 from kanformer.demo.corpus import Corpus, own_text, standard_library
 from kanformer.demo.measure import Bench, cosine, is_causal_lm, last_hidden_state
@@ -29,7 +31,10 @@ from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transfor
 from kanformer.surgery.plan import plan_surgery
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import replace_file
+from kanformer.training.data import pad_token, tokenize
+from kanformer.training.distill import store_states
 from kanformer.training.settings import DistillArguments
+from kanformer.training.teacher_states import remove_teacher_states
 
 _MARKER = "demo.json"
 _CALIBRATION_TEXTS = 1024
@@ -43,8 +48,9 @@ class Demo:
         self.arguments, self.started = arguments, time.time()
         self.out = Path(arguments.out)
         self.source = arguments.model or minilm_path()
-        self.steps = arguments.steps or (320 if fast_bf16() else 200)
+        self.steps = arguments.steps or (620 if fast_bf16() else 310)
         self.results: dict[str, Any] = {"settings": asdict(arguments), "steps": self.steps, "bf16_training": fast_bf16()}
+        self.states = self.out / "teacher-states.bin"
         self.arms: dict[str, nn.Module] = {}
         self.peak = 0.0
 
@@ -56,6 +62,7 @@ class Demo:
         for name, edges in _ARMS.items():
             self._shrink(name, edges)
         del self.calibration  # the children need the memory
+        self._teach()
         self._distil()
         self._look(self.arms["KAN"])
         self._verify(self.arms["KAN"])
@@ -65,7 +72,8 @@ class Demo:
     def _open(self) -> None:
         self._say(f"model and text: {self.source}")
         _check_folder(self.out)
-        self.original = load_model(self.source)
+        self.attention = None if torch.cuda.is_available() else "eager"  # the fastest for short texts on a CPU
+        self.original = self._load(self.source)
         if getattr(self.original.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
             raise ConfigError("run the demo", subject=self.source, got="an encoder-decoder model", expected="an encoder or a causal language model")
         plan_surgery(self.original)  # nothing is written for a model that cannot be patched
@@ -100,12 +108,30 @@ class Demo:
         """Prunes and refits one arm, measures it and saves it."""
         self._say(f"{name}: shrink the feed-forward blocks to {self.arguments.param_ratio:g} of their parameters and refit")
         model = copy.deepcopy(self.original)
-        patch_model(model, init="prune", edges=edges, param_ratio=self.arguments.param_ratio, calibration=self.calibration, keep_original=False)
+        settings = {"init": "prune", "edges": edges, "param_ratio": self.arguments.param_ratio, "grid_size": self.arguments.grid_size}
+        patch_model(model, groups=self._groups(edges), calibration=self.calibration, keep_original=False, **settings)
         costs = compare(model)
         self.results[name] = {"parameters": costs.to_dict()["feed_forward"], "before": self._measure(model)}
         self._tell(costs)
         self._tell(f"before training: {_line(self.results[name]['before'], self.corpus)}")
         save(model, self.bench.tokenizer, self.out / edges / "pruned")
+
+    def _groups(self, edges: str) -> int | None:
+        """As many learned functions as cost no hidden channel, so that both arms have the same widths; None where the blocks are not alike."""
+        blocks = plan_surgery(self.original).blocks
+        forms = {(block.in_features, block.mlp_parameters, block.gated, block.up_bias) for block in blocks}
+        if edges != "shared" or len(forms) > 1:
+            return None
+        width, parameters, gated, up_bias = forms.pop()
+        config = KANConfig(grid_size=self.arguments.grid_size)
+        return free_groups(int(self.arguments.param_ratio * parameters), width, config, gated=gated, up_bias=up_bias, down_bias=True)
+
+    def _teach(self) -> None:
+        """The original's hidden states of the training texts, once for both arms; as many texts as the steps will read."""
+        self._say("run the original over the training texts")
+        examples = tokenize(self.bench.tokenizer, self.corpus.train, self.arguments.max_length)
+        with torch.autocast(next(self.original.parameters()).device.type, torch.bfloat16, enabled=fast_bf16()):
+            store_states(self.states, self.original, examples, pad_token(self.bench.tokenizer))
 
     def _distil(self) -> None:
         """Both arms at the same time, half of the cores each, through accelerate."""
@@ -113,10 +139,11 @@ class Demo:
         commands = [self._command(edges, position) for position, edges in enumerate(_ARMS.values())]
         self._tell("\n".join(f"accelerate launch -m kanformer.training.distill --config {self.out / edges / 'distill.yaml'}" for edges in _ARMS.values()))
         self.peak = max(self.peak, call(commands))
+        remove_teacher_states(self.states)
         for name, edges in _ARMS.items():
             results = self.out / edges / "distilled" / "all_results.json"
             self.results[name]["distillation"] = json.loads(results.read_text(encoding="utf-8"))
-            self.arms[name] = load_model(str(self.out / edges / "distilled" / "model"))
+            self.arms[name] = self._load(str(self.out / edges / "distilled" / "model"))
             self.results[name]["after"] = self._measure(self.arms[name])
             self._tell(f"{name} after training: {_line(self.results[name]['after'], self.corpus)}")
 
@@ -128,6 +155,8 @@ class Demo:
             train_file=str(self.out / "train.txt"),
             validation_file=str(self.out / "held-out.txt"),
             output_dir=str(folder / "distilled"),
+            teacher_states=str(self.states),
+            attn_implementation=self.attention,
             max_length=arguments.max_length,
             max_steps=self.steps,
             per_device_train_batch_size=arguments.batch_size,
@@ -165,7 +194,9 @@ class Demo:
         state = {f"state.{name}": tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
         reference = self.out / "reference.safetensors"
         save_file({**batch, **state, "hidden": hidden.contiguous(), "threads": torch.tensor(torch.get_num_threads())}, reference)
-        self.peak = max(self.peak, call([[sys.executable, "-m", "kanformer.demo.verify", str(folder), str(reference)]]))
+        self.peak = max(
+            self.peak, call([[sys.executable, "-m", "kanformer.demo.verify", str(folder), str(reference), *([self.attention] if self.attention else [])]])
+        )
         reference.unlink()
         self.results["reload_bit_equal"] = True
 
@@ -185,6 +216,9 @@ class Demo:
         for name, path in places.items():
             self._tell(f"{name}: {path}")
         self._tell(f"{seconds:.0f} s, at most {peak:.2f} GiB in all processes together")
+
+    def _load(self, source: str) -> nn.Module:
+        return load_model(source, **({"attn_implementation": self.attention} if self.attention else {}))
 
     def _say(self, text: str) -> None:
         print(f"\n[{time.time() - self.started:5.0f} s] {text}", flush=True)

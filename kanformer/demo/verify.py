@@ -13,12 +13,12 @@ from kanformer.surgery.loading import load_model, quiet_transformers
 
 
 def main() -> None:
-    """`python -m kanformer.demo.verify MODEL REFERENCE`: prints the maximum difference, exits with 1 if it is not 0."""
-    folder, reference_file = sys.argv[1:3]
+    """`python -m kanformer.demo.verify MODEL REFERENCE [ATTENTION]`: prints the maximum difference, exits with 1 if it is not 0."""
+    folder, reference_file, *attention = sys.argv[1:]
     reference = load_file(reference_file)
     torch.set_num_threads(int(reference["threads"]))
     quiet_transformers()
-    model = load_model(folder)
+    model = load_model(folder, **({"attn_implementation": attention[0]} if attention else {}))
     state = model.state_dict()
     different = [name for name, tensor in reference.items() if name.startswith("state.") and not torch.equal(tensor, state[name[6:]])]
     with torch.no_grad():

@@ -54,11 +54,16 @@ def base_function(base: BaseFunction) -> nn.Module:
     return _BY_NAME[base]()
 
 
-@torch.no_grad()
-def second_moment(base: nn.Module, points: int = 4096) -> float:
-    """E[b(z)^2] for z ~ N(0, 1), at evenly spaced quantiles: what the variance-preserving initialisation divides by."""
+def normal_quantiles(points: int = 4096) -> Tensor:
+    """Evenly spaced quantiles of N(0, 1), (points,) in float64: a sample without chance."""
     levels = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points
-    z = torch.special.ndtri(levels).float()
+    return torch.special.ndtri(levels)
+
+
+@torch.no_grad()
+def second_moment(base: nn.Module) -> float:
+    """E[b(z)^2] for z ~ N(0, 1): what the variance-preserving initialisation divides by."""
+    z = normal_quantiles().float()
     parameter = next(base.parameters(), None)
     if parameter is not None:
         if parameter.is_meta:

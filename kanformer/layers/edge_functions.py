@@ -18,7 +18,7 @@ class EdgeFunctions(GridModule):
     Args:
         channels: number of channels, the last dimension of the input.
         groups: number of functions; None means one per channel. Must divide `channels`.
-        basis, grid_size, spline_order, grid_range: see `KANConfig`.
+        basis, grid_size, spline_order, grid_range, knots, extrapolation: see `KANConfig`.
         base: b, see `base_function`.
 
     Shapes: input and output (..., channels). `kan_coef` (groups, n_basis) starts at zero, so psi starts as b.
@@ -34,6 +34,8 @@ class EdgeFunctions(GridModule):
         grid_size: int = 8,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-4.0, 4.0),
+        knots: str = "uniform",
+        extrapolation: str = "zero",
         base: BaseFunction = "silu",
         device=None,
         dtype=None,
@@ -44,7 +46,8 @@ class EdgeFunctions(GridModule):
         if channels % groups:
             raise ConfigError("make EdgeFunctions", got=f"{groups} groups for {channels} channels", expected="groups that divide the channels")
         self.channels, self.groups = channels, groups
-        self._register_grid(make_basis(basis, grid_size, spline_order), groups, grid_range, device)
+        made = make_basis(basis, grid_size, spline_order, knots=knots, extrapolation=extrapolation)
+        self._register_functions(made, groups, grid_range, device, dtype)
         self.kan_coef = nn.Parameter(torch.empty(groups, self.basis.n_basis, device=device, dtype=dtype))
         self.base = base_function(base)
         self.reset_parameters()
@@ -52,14 +55,15 @@ class EdgeFunctions(GridModule):
     def reset_parameters(self) -> None:
         """Sets the coefficients to zero: psi is the base function."""
         nn.init.zeros_(self.kan_coef)
+        self._reset_inner()
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.channels)
-        return self.base(x) + self.spline(x)
+        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, start=self.base(x))
 
     def spline(self, x: Tensor) -> Tensor:
         """The learned part alone, (..., channels)."""
-        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis)
+        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, groups={self.groups}, basis={self.basis.name}, grid_size={self.basis.grid_size}, spline_order={self.basis.spline_order}"

@@ -62,7 +62,8 @@ class KANFeedForward(nn.Module):
         self.in_features, self.hidden_features = in_features, hidden_features
         self.gated, self.edges = gated, config.edges
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        full: dict[str, Any] = {"basis": config.basis, "grid_size": config.grid_size, "spline_order": config.spline_order, "grid_range": config.grid_range}
+        names = ("basis", "grid_size", "spline_order", "grid_range", "knots", "extrapolation")
+        full: dict[str, Any] = {name: getattr(config, name) for name in names}
 
         def expand(base: BaseFunction = "identity") -> nn.Module:
             if config.edges == "full":
@@ -115,9 +116,11 @@ class KANFeedForward(nn.Module):
                 yield name, module
 
     def spline_parameters(self) -> Iterator[nn.Parameter]:
-        """The coefficients of the learned functions: to be trained without weight decay."""
+        """The numbers of the learned functions: to be trained without weight decay."""
         for _, module in self.spline_modules():
             yield module.kan_coef
+            if module.kan_inner is not None:
+                yield module.kan_inner
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, hidden_features={self.hidden_features}, gated={self.gated}, edges={self.edges}"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kanformer.bases.base import Basis
 from kanformer.errors import ConfigError, ShapeError
+from kanformer.layers.base_functions import normal_quantiles
 
 
 class GridModule(nn.Module):
@@ -16,6 +17,29 @@ class GridModule(nn.Module):
 
     basis: Basis
     kan_grid: Tensor
+    kan_inner: nn.Parameter | None
+
+    def _register_functions(self, basis: Basis, rows: int, grid_range: tuple[float, float], device, dtype) -> None:
+        """The grid and the basis' inner numbers (rows, n_inner), which most bases do not have."""
+        self._register_grid(basis, rows, grid_range, device)
+        inner = torch.empty(rows, basis.n_inner, device=device, dtype=dtype)
+        self.kan_inner = nn.Parameter(inner) if basis.n_inner else None
+
+    @torch.no_grad()
+    def _reset_inner(self) -> None:
+        if self.kan_inner is not None:
+            start = self.basis.initial_inner(self.kan_inner.shape[0])
+            assert start is not None
+            self.kan_inner.copy_(start)
+
+    @torch.no_grad()
+    def _member_sizes(self) -> Tensor:
+        """Root mean square of each member for unit-normal input, (n_basis,); members that such input does not reach count as 1."""
+        if self.kan_grid.is_meta:
+            return torch.ones(self.basis.n_basis)
+        members = self.basis.evaluate(normal_quantiles().unsqueeze(-1), self.kan_grid[:1].detach().cpu().double())
+        sizes = members.square().mean((0, 1)).sqrt()
+        return torch.where(sizes > 1e-3, sizes, 1.0)
 
     def _register_grid(self, basis: Basis, rows: int, grid_range: tuple[float, float], device) -> None:
         lo, hi = torch.tensor(grid_range, dtype=torch.float32, device="cpu").tolist()

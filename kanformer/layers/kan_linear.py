@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kanformer.bases import make_basis
 from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
 from kanformer.layers.grids import GridModule, check_input, check_sizes
-from kanformer.ops import full_edges
+from kanformer.ops import base_linear, full_edges
+
+_NOISE_SHARE = 0.01  # of the variance of a fresh map
 
 
 class KANLinear(GridModule):
@@ -19,12 +20,13 @@ class KANLinear(GridModule):
 
     Args:
         in_features, out_features: widths.
-        basis, grid_size, spline_order, grid_range: see `KANConfig`; one grid per input.
+        basis, grid_size, spline_order, grid_range, knots, extrapolation: see `KANConfig`; one grid per input.
         base: b, see `base_function`.
         bias: whether to add one number per output.
 
     Shapes: input (..., in_features), output (..., out_features), in the input's dtype.
-    State: `kan_base_weight` (out, in), `kan_coef` (out, n_basis, in), `kan_bias` (out,), `kan_grid` (in, points).
+    State: `kan_base_weight` (out, in), `kan_coef` (out, n_basis, in), `kan_bias` (out,), `kan_grid` (in, points),
+        and `kan_inner` (in, n_inner) for a basis with inner numbers.
     Source: arXiv 2404.19756, equations 2.10-2.11, the scale w_s folded into the coefficients.
     """
 
@@ -37,6 +39,8 @@ class KANLinear(GridModule):
         grid_size: int = 5,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-4.0, 4.0),
+        knots: str = "uniform",
+        extrapolation: str = "zero",
         base: BaseFunction = "silu",
         bias: bool = True,
         device=None,
@@ -45,7 +49,8 @@ class KANLinear(GridModule):
         super().__init__()
         check_sizes(self, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        self._register_grid(make_basis(basis, grid_size, spline_order), in_features, grid_range, device)
+        made = make_basis(basis, grid_size, spline_order, knots=knots, extrapolation=extrapolation)
+        self._register_functions(made, in_features, grid_range, device, dtype)
         factory = {"device": device, "dtype": dtype}
         self.kan_base_weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
         self.kan_coef = nn.Parameter(torch.empty(out_features, self.basis.n_basis, in_features, **factory))
@@ -54,20 +59,24 @@ class KANLinear(GridModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Base weights as in nn.Linear scaled for unit output variance, small noise on the splines, zero bias."""
-        bound = math.sqrt(3.0 / (self.in_features * second_moment(self.base)))
+        """Unit output variance for unit-normal input: nearly all of it from the base weights, the rest from noise on the functions; zero bias."""
+        bound = math.sqrt(3.0 * (1 - _NOISE_SHARE) / (self.in_features * second_moment(self.base)))
         nn.init.uniform_(self.kan_base_weight, -bound, bound)
-        nn.init.normal_(self.kan_coef, std=0.1 / math.sqrt(self.in_features))
+        nn.init.normal_(self.kan_coef, std=math.sqrt(_NOISE_SHARE / (self.in_features * self.basis.n_basis)))
+        with torch.no_grad():
+            self.kan_coef.div_(self._member_sizes().to(self.kan_coef).unsqueeze(-1))
+        self._reset_inner()
         if self.kan_bias is not None:
             nn.init.zeros_(self.kan_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)
-        return F.linear(self.base(x), self.kan_base_weight, self.kan_bias) + self.spline(x)
+        start = base_linear(x, self.base, self.kan_base_weight, self.kan_bias)
+        return full_edges(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, start=start)
 
     def spline(self, x: Tensor) -> Tensor:
         """The sum of the learned parts alone, (..., out_features)."""
-        return full_edges(x, self.kan_coef, self.kan_grid, self.basis)
+        return full_edges(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
 
     def extra_repr(self) -> str:
         return (

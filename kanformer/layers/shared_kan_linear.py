@@ -19,7 +19,7 @@ class SharedKANLinear(nn.Module):
     Args:
         in_features, out_features: widths.
         groups: number of functions psi; None means one per input. Must divide `in_features`.
-        basis, grid_size, spline_order, grid_range, base: see `EdgeFunctions`.
+        basis, grid_size, spline_order, grid_range, knots, extrapolation, base: see `EdgeFunctions`.
         bias: whether to add one number per output.
 
     Shapes: input (..., in_features), output (..., out_features).
@@ -37,6 +37,8 @@ class SharedKANLinear(nn.Module):
         grid_size: int = 8,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-4.0, 4.0),
+        knots: str = "uniform",
+        extrapolation: str = "zero",
         base: BaseFunction = "silu",
         bias: bool = True,
         device=None,
@@ -46,7 +48,17 @@ class SharedKANLinear(nn.Module):
         check_sizes(self, in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.kan_functions = EdgeFunctions(
-            in_features, groups, basis=basis, grid_size=grid_size, spline_order=spline_order, grid_range=grid_range, base=base, device=device, dtype=dtype
+            in_features,
+            groups,
+            basis=basis,
+            grid_size=grid_size,
+            spline_order=spline_order,
+            grid_range=grid_range,
+            knots=knots,
+            extrapolation=extrapolation,
+            base=base,
+            device=device,
+            dtype=dtype,
         )
         self.kan_weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.kan_bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None

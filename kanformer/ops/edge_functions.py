@@ -1,119 +1,99 @@
-"""Shared edges: one learned function per group of channels, elementwise. Saves x and the coefficients only."""
+"""Shared edges: one learned function per group of channels, elementwise. Saves x and the numbers of the functions only."""
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kanformer.bases import basis_of
 from kanformer.bases.base import Basis
-from kanformer.bases.bspline import BSpline
+from kanformer.ops.backend import run, wants_compiled
+from kanformer.ops.plain import needs_gradient, plain_wanted
 from kanformer.ops.reference import reference_edge_functions, work_dtype
-from kanformer.ops.uniform import cell_scale, chunk_rows, local_matrix, locate
+from kanformer.ops.registration import register_gradients
+from kanformer.ops.spline_table import table_gradients, table_values
+from kanformer.ops.uniform import chunk_rows, has_table
+
+_SUM_ROWS = 4096  # tokens whose gradients one kernel adds up: float32 sums stay short
 
 
-def edge_functions(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis) -> Tensor:
-    """sum_c coef[g(i), c] * B[c](x_i); see `reference_edge_functions` for shapes. B-spline grids must be uniform."""
-    if isinstance(basis, BSpline):
-        return cast(Tensor, _SplineFunctions.apply(x, coef, grid, basis))
-    return reference_edge_functions(x, coef, grid, basis)
+def edge_functions(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    """start + sum_c coef[g(i), c] * B[c](x_i); see `reference_edge_functions` for shapes. Uniform knots are taken to be uniform."""
+    if plain_wanted():
+        return reference_edge_functions(x, coef, grid, basis, inner, start)
+    return _edge_functions(x, start, coef, grid, inner, basis.spec, needs_gradient(x, start, coef, inner))
 
 
-class _SplineFunctions(torch.autograd.Function):
-    """Piecewise polynomials looked up per cell: (groups, cells, degree+1) numbers instead of (tokens, channels, n_basis)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, coef: Tensor, grid: Tensor, basis: BSpline) -> Tensor:
-        ctx.save_for_backward(x, coef, grid)
-        ctx.basis = basis
-        flat = x.reshape(-1, x.shape[-1])
-        y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-        table = _Table(coef, grid, basis, work_dtype(x), x.shape[-1])
-        for rows in table.chunks(flat.shape[0]):
-            _, u, polynomial = table.lookup(flat[rows])
-            y[rows] = _horner(polynomial, u)
+@torch.library.custom_op("kanformer::edge_functions", mutates_args=())
+def _edge_functions(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
+    basis, dtype = basis_of(spec), work_dtype(x)
+    flat = x.reshape(-1, x.shape[-1])
+    base = None if start is None else start.reshape(flat.shape)
+    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    compiled = wants_compiled(x, training)
+    if not compiled and has_table(basis):
+        table_values(y, flat, base, coef, grid, basis, dtype)
         return y.view(x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, coef, grid = ctx.saved_tensors
-        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-        table = _Table(coef, grid, ctx.basis, work_dtype(x), x.shape[-1])
-        grad_x = torch.empty(flat.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
-        moments = torch.zeros_like(table.polynomials) if ctx.needs_input_grad[1] else None
-        for rows in table.chunks(flat.shape[0]):
-            index, u, polynomial = table.lookup(flat[rows])
-            chunk = grad[rows].to(table.dtype)
-            if grad_x is not None:
-                grad_x[rows] = _horner_slope(polynomial, u).mul_(table.per_unit).mul_(chunk)
-            if moments is not None:
-                _add_moments(moments, index, u, chunk)
-        grad_coef = None if moments is None else table.fold(moments).to(coef.dtype)
-        return None if grad_x is None else grad_x.view(x.shape), grad_coef, None, None
+    spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
+    for rows in _chunks(flat, basis, compiled):
+        y[rows] = run(_values, (flat[rows], None if base is None else base[rows], spread, constants), (basis,), compiled)
+    return y.view(x.shape)
 
 
-class _Table:
-    """The functions of all groups as polynomials per cell, and where a batch falls in them."""
-
-    def __init__(self, coef: Tensor, grid: Tensor, basis: BSpline, dtype: torch.dtype, channels: int) -> None:
-        self.basis, self.dtype, self.groups = basis, dtype, coef.shape[0]
-        self.order = basis.spline_order
-        self.matrix = local_matrix(basis, torch.empty(0, dtype=dtype, device=coef.device))
-        padded = F.pad(coef.to(dtype), (self.order + 1, self.order + 1))
-        windows = padded.unfold(1, self.order + 1, 1)
-        self.n_windows = windows.shape[1]
-        self.polynomials = (windows @ self.matrix).reshape(-1, self.order + 1)
-        repeats = channels // self.groups
-        lo, per_unit = cell_scale(grid, basis, dtype)
-        self.lo, self.per_unit = lo.repeat_interleave(repeats), per_unit.repeat_interleave(repeats)
-        self.offset = torch.arange(self.groups, device=coef.device).repeat_interleave(repeats) * self.n_windows
-
-    def chunks(self, tokens: int):
-        bytes_per_token = self.lo.numel() * (self.order + 1) * self.polynomials.element_size()
-        step = chunk_rows(bytes_per_token)
-        return [slice(start, start + step) for start in range(0, tokens, step)]
-
-    def lookup(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Flat table rows (tokens, channels), positions u, and the polynomials there (tokens, channels, degree+1)."""
-        window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        index = window.add_(self.offset)
-        return index, u, F.embedding(index, self.polynomials)
-
-    def fold(self, moments: Tensor) -> Tensor:
-        """Gradients of the table (groups * windows, degree+1) turned into gradients of the coefficients (groups, n_basis)."""
-        members = moments.view(self.groups, self.n_windows, self.order + 1) @ self.matrix.t()
-        total = members.new_zeros(self.groups, self.n_windows + self.order)
-        for r in range(self.order + 1):
-            total[:, r : r + self.n_windows] += members[..., r]
-        return total[:, self.order + 1 : self.order + 1 + self.basis.n_basis]
+@torch.library.custom_op("kanformer::edge_functions_backward", mutates_args=())
+def _edge_functions_backward(
+    grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    basis, dtype = basis_of(spec), work_dtype(x)
+    flat, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    compiled = wants_compiled(x, True)
+    if not compiled and has_table(basis):
+        grad_coef = table_gradients(grad_x, flat, flat_grad, coef, grid, basis, dtype, needs_x, needs_coef)
+        return grad_x.view(x.shape) if needs_x else grad_x, grad_coef.to(coef.dtype), coef.new_empty(0)
+    spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
+    sums = torch.zeros(basis.n_basis + basis.n_inner, flat.shape[1], dtype=dtype, device=x.device)
+    for rows in _chunks(flat, basis, compiled):
+        piece, part = run(_gradients, (flat[rows], flat_grad[rows], spread, constants), (basis,), compiled)
+        sums += part
+        if needs_x:
+            grad_x[rows] = piece
+    per_group = sums.view(sums.shape[0], coef.shape[0], -1).sum(-1).t()
+    grad_coef, grad_inner = per_group[:, : basis.n_basis], per_group[:, basis.n_basis :]
+    inner_like = coef if inner is None else inner
+    return (
+        grad_x.view(x.shape) if needs_x else grad_x,
+        grad_coef.to(coef.dtype, copy=True) if needs_coef else coef.new_empty(0),
+        grad_inner.to(inner_like.dtype, copy=True) if inner is not None else inner_like.new_empty(0),
+    )
 
 
-def _horner(polynomial: Tensor, u: Tensor) -> Tensor:
-    degree = polynomial.shape[-1] - 1
-    value = polynomial[..., degree] + 0 * u if degree == 0 else polynomial[..., degree]
-    for power in range(degree - 1, -1, -1):
-        value = torch.addcmul(polynomial[..., power], value, u)
-    return value
+def _values(x: Tensor, start: Tensor | None, coef: Tensor, constants: Tensor, basis: Basis) -> Tensor:
+    value = basis.value(x.to(coef.dtype), coef, constants)
+    return (value if start is None else start.to(coef.dtype) + value).to(x.dtype)
 
 
-def _horner_slope(polynomial: Tensor, u: Tensor) -> Tensor:
-    degree = polynomial.shape[-1] - 1
-    value = degree * polynomial[..., degree] + (0 * u if degree <= 1 else 0)
-    for power in range(degree - 1, 0, -1):
-        value = torch.addcmul(power * polynomial[..., power], value, u)
-    return value
+def _gradients(x: Tensor, grad: Tensor, coef: Tensor, constants: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """(gradient of x, sums over tokens (n_basis + n_inner, channels))."""
+    grad_x, members, inner = basis.pullback(x.to(coef.dtype), grad.to(coef.dtype), coef, constants)
+    return grad_x.to(x.dtype), torch.stack([part.sum(0) for part in (*members, *inner)])
 
 
-def _add_moments(moments: Tensor, index: Tensor, u: Tensor, grad: Tensor) -> None:
-    """moments[index, p] += grad * u^p, where u^0 = 1."""
-    flat, weight = index.reshape(-1), grad.reshape(-1)
-    powers = u.reshape(-1)
-    for power in range(moments.shape[1]):
-        column = torch.zeros(moments.shape[0], dtype=moments.dtype, device=moments.device)
-        moments[:, power] += column.scatter_add_(0, flat, weight)
-        if power + 1 < moments.shape[1]:
-            weight = weight * powers
+def _per_channel(x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, basis: Basis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(coefficients (n_basis, channels), constants (quantities, channels)): one column per channel, whatever the groups."""
+    constants = basis.constants(grid.to(dtype), None if inner is None else inner.to(dtype))
+    repeats = x.shape[1] // coef.shape[0]
+    return coef.to(dtype).t().repeat_interleave(repeats, 1), constants.repeat_interleave(repeats, 1).contiguous()
+
+
+def _chunks(x: Tensor, basis: Basis, compiled: bool) -> list[slice]:
+    step = _SUM_ROWS if compiled else chunk_rows(x.shape[1] * (basis.n_basis + 4) * 8)
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+
+
+@_edge_functions.register_fake
+def _(x, start, coef, grid, inner, spec, training):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+register_gradients(_edge_functions, _edge_functions_backward, reference_edge_functions)

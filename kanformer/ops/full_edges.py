@@ -1,106 +1,122 @@
-"""Full edges: one function per edge, as one GEMM over the basis. Saves x and the coefficients; the basis lives one chunk at a time."""
+"""Full edges: one function per edge, as one GEMM over the basis. Saves x and the numbers of the functions; the basis lives one chunk at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kanformer.bases.base import Basis
-from kanformer.bases.bspline import BSpline, local_polynomials
+from kanformer.bases import basis_of
+from kanformer.bases.base import Basis, sum_up
+from kanformer.ops.backend import run, wants_compiled
+from kanformer.ops.plain import needs_gradient, plain_wanted
 from kanformer.ops.reference import reference_full_edges, work_dtype
-from kanformer.ops.uniform import cell_scale, chunk_rows, locate
+from kanformer.ops.registration import register_gradients
+from kanformer.ops.spline_planes import SplinePlanes
+from kanformer.ops.uniform import chunk_rows, has_table
 
 
-def full_edges(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis) -> Tensor:
-    """sum_i sum_c coef[o, c, i] * B[c](x_i); see `reference_full_edges` for shapes. B-spline grids must be uniform."""
-    if isinstance(basis, BSpline):
-        return cast(Tensor, _SplineEdges.apply(x, coef, grid, basis))
-    return reference_full_edges(x, coef, grid, basis)
+def full_edges(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: Tensor | None = None, start: Tensor | None = None) -> Tensor:
+    """start + sum_i sum_c coef[o, c, i] * B[c](x_i); see `reference_full_edges` for shapes. Uniform knots are taken to be uniform."""
+    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear's: the GEMM runs in the lower precision, the spline argument does not
+        coef = coef.to(torch.get_autocast_dtype(x.device.type))
+    if plain_wanted():
+        return reference_full_edges(x, coef, grid, basis, inner, start)
+    return _full_edges(x, start, coef, grid, inner, basis.spec, needs_gradient(x, start, coef, inner))
 
 
-class _SplineEdges(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, coef: Tensor, grid: Tensor, basis: BSpline) -> Tensor:
-        ctx.save_for_backward(x, coef, grid)
-        ctx.basis = basis
-        flat = x.reshape(-1, x.shape[-1])
-        planes = _Planes(grid, basis, work_dtype(x), x.shape[-1])
-        matrix = coef.reshape(coef.shape[0], -1).t()
-        y = torch.empty(flat.shape[0], coef.shape[0], dtype=coef.dtype, device=x.device)
-        for rows in planes.chunks(flat.shape[0]):
-            torch.mm(planes.basis_values(flat[rows]).to(coef.dtype), matrix, out=y[rows])
-        return y.to(x.dtype).view(*x.shape[:-1], coef.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor):
-        x, coef, grid = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        grad = grads[0].reshape(-1, coef.shape[0]).to(coef.dtype)
-        planes = _Planes(grid, ctx.basis, work_dtype(x), x.shape[-1])
-        matrix = coef.reshape(coef.shape[0], -1)
-        grad_x = torch.empty(flat.shape, dtype=x.dtype, device=x.device) if ctx.needs_input_grad[0] else None
-        # bf16 sums over many chunks would lose the small ones, so they are added up in the working dtype.
-        grad_coef = torch.zeros(matrix.shape, dtype=planes.dtype, device=x.device) if ctx.needs_input_grad[1] else None
-        for rows in planes.chunks(flat.shape[0]):
-            if grad_coef is not None:
-                grad_coef += torch.mm(grad[rows].t(), planes.basis_values(flat[rows]).to(coef.dtype))
-            if grad_x is not None:
-                grad_x[rows] = planes.input_gradient(flat[rows], torch.mm(grad[rows], matrix).to(planes.dtype))
-        grad_coef = None if grad_coef is None else grad_coef.to(coef.dtype).view(coef.shape)
-        return None if grad_x is None else grad_x.view(x.shape), grad_coef, None, None
+@torch.library.custom_op("kanformer::full_edges", mutates_args=())
+def _full_edges(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    outputs = coef.shape[0]
+    matrix = coef.reshape(outputs, -1).t()
+    y = torch.empty(flat.shape[0], outputs, dtype=coef.dtype, device=x.device)
+    base = None if start is None else start.reshape(-1, outputs).to(coef.dtype)
+    planes = _planes(x, grid, inner, spec, wants_compiled(x, training))
+    for rows in planes.chunks(flat.shape[0]):
+        values = planes.values(flat[rows], coef.dtype)
+        if base is None:
+            torch.mm(values, matrix, out=y[rows])
+        else:
+            torch.addmm(base[rows], values, matrix, out=y[rows])
+    return y.to(x.dtype if start is None else start.dtype).view(*x.shape[:-1], outputs)
 
 
-class _Planes:
-    """The basis of a chunk in planar layout (tokens, n_basis, in_features): only k+1 members are not 0 at any x."""
+@torch.library.custom_op("kanformer::full_edges_backward", mutates_args=())
+def _full_edges_backward(
+    grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x.reshape(-1, x.shape[-1])
+    grad = grad.reshape(-1, coef.shape[0]).to(coef.dtype)
+    dtype, matrix = work_dtype(x), coef.reshape(coef.shape[0], -1)
+    planes = _planes(x, grid, inner, spec, wants_compiled(x, True))
+    grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    # bf16 sums over many chunks would lose the small ones, so they are added up in the working dtype.
+    grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=dtype, device=x.device)
+    grad_inner = torch.zeros((0,) if inner is None else inner.shape, dtype=dtype, device=x.device)
+    for rows in planes.chunks(flat.shape[0]):
+        if needs_coef:
+            values = planes.values(flat[rows], coef.dtype)
+            if coef.dtype == dtype:
+                grad_coef.addmm_(grad[rows].t(), values)
+            else:
+                grad_coef += torch.mm(grad[rows].t(), values)
+        if needs_x or inner is not None:
+            piece, part = planes.gradients(flat[rows], torch.mm(grad[rows], matrix))
+            if needs_x:
+                grad_x[rows] = piece
+            if inner is not None:
+                grad_inner += part
+    return (
+        grad_x.view(x.shape) if needs_x else grad_x,
+        grad_coef.to(coef.dtype).view(coef.shape) if needs_coef else coef.new_empty(0),
+        grad_inner.to(coef.dtype if inner is None else inner.dtype),
+    )
 
-    def __init__(self, grid: Tensor, basis: BSpline, dtype: torch.dtype, features: int) -> None:
-        self.basis, self.dtype, self.features = basis, dtype, features
-        self.order = basis.spline_order
-        self.factors = local_polynomials(self.order)
-        self.lo, self.per_unit = cell_scale(grid, basis, dtype)
-        self.pad = self.order + 1
 
-    def chunks(self, tokens: int):
-        bytes_per_token = self.features * (self.basis.n_basis + 2 * self.pad) * (8 if self.dtype == torch.float64 else 4)
-        step = chunk_rows(bytes_per_token)
+class _ElementwisePlanes:
+    """The basis of a chunk in planar layout (tokens, n_basis, in_features), by the basis' own elementwise formulas."""
+
+    def __init__(self, basis: Basis, grid: Tensor, inner: Tensor | None, dtype: torch.dtype, compiled: bool) -> None:
+        self.basis, self.compiled = basis, compiled
+        self.constants = basis.constants(grid.to(dtype), None if inner is None else inner.to(dtype)).contiguous()
+        self.bytes_per_token = grid.shape[0] * basis.n_basis * dtype.itemsize * (1 if compiled else 2)
+
+    def chunks(self, tokens: int) -> list[slice]:
+        step = chunk_rows(self.bytes_per_token)
         return [slice(start, start + step) for start in range(0, tokens, step)]
 
-    def basis_values(self, x: Tensor) -> Tensor:
-        """(tokens, n_basis * in_features)."""
-        window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        local = torch.stack([self._polynomial(r, u) for r in range(self.order + 1)], 1)
-        padded = local.new_zeros(x.shape[0], self.basis.n_basis + 2 * self.pad, self.features)
-        padded.scatter_(1, self._members(window), local)
-        return padded[:, self.pad : self.pad + self.basis.n_basis].reshape(x.shape[0], -1)
+    def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(tokens, n_basis * in_features) in the dtype of the GEMM."""
+        return run(_plane_values, (x, self.constants), (self.basis, dtype), self.compiled).view(x.shape[0], -1)
 
-    def input_gradient(self, x: Tensor, grad_members: Tensor) -> Tensor:
-        """sum_c grad_members[:, c, i] * B'[c](x_i): (tokens, in_features)."""
-        window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        padded = torch.nn.functional.pad(grad_members.view(x.shape[0], -1, self.features), (0, 0, self.pad, self.pad))
-        active = padded.gather(1, self._members(window))
-        total = torch.zeros_like(u)
-        for r in range(self.order + 1):
-            total.addcmul_(active[:, r], self._slope(r, u))
-        return total.mul_(self.per_unit)
-
-    def _members(self, window: Tensor) -> Tensor:
-        return window.unsqueeze(1) + torch.arange(self.order + 1, device=window.device).view(1, -1, 1)
-
-    def _polynomial(self, r: int, u: Tensor) -> Tensor:
-        return _horner(self.factors[r], u)
-
-    def _slope(self, r: int, u: Tensor) -> Tensor:
-        return _horner([power * factor for power, factor in enumerate(self.factors[r])][1:] or [0.0], u)
+    def gradients(self, x: Tensor, grad_members: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_c grad_members[:, c, i] * B'[c](x_i), (tokens, in_features), and the gradient of the inner numbers (in_features, n_inner)."""
+        return run(_plane_gradients, (x, grad_members.view(x.shape[0], -1, x.shape[1]), self.constants), (self.basis,), self.compiled)
 
 
-def _horner(factors: Sequence[float], u: Tensor) -> Tensor:
-    """The polynomial with these ascending factors at u; nan stays nan."""
-    value = u * 0 + factors[-1]
-    for factor in reversed(factors[:-1]):
-        value = value.mul_(u).add_(factor)
-    return value
+def _plane_values(x: Tensor, constants: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
+    return torch.stack([plane.to(dtype) for plane in basis.planes(x.to(constants.dtype), constants)], 1)
+
+
+def _plane_gradients(x: Tensor, grad_members: Tensor, constants: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    x = x.to(constants.dtype)
+    total = sum_up(grad_members[:, c] * slope for c, slope in enumerate(basis.plane_slopes(x, constants)))
+    if not basis.n_inner:
+        return total, total.new_zeros(0)
+    value = sum_up(grad_members[:, c] * plane for c, plane in enumerate(basis.planes(x, constants)))
+    return total, torch.stack([part.sum(0) for part in basis.inner_slopes(x, constants, value)], -1)
+
+
+def _planes(x: Tensor, grid: Tensor, inner: Tensor | None, spec: str, compiled: bool) -> _ElementwisePlanes | SplinePlanes:
+    basis = basis_of(spec)
+    if not compiled and has_table(basis):
+        return SplinePlanes(grid, basis, work_dtype(x), x.shape[-1])
+    return _ElementwisePlanes(basis, grid, inner, work_dtype(x), compiled)
+
+
+@_full_edges.register_fake
+def _(x, start, coef, grid, inner, spec, training):
+    return torch.empty((*x.shape[:-1], coef.shape[0]), dtype=x.dtype if start is None else start.dtype, device=x.device)
+
+
+register_gradients(_full_edges, _full_edges_backward, reference_full_edges)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
+from kanformer.bases.base import Basis
 from kanformer.bases.bspline import BSpline, local_polynomials
 
 CHUNK_BYTES = 16 * 2**20  # of the largest buffer of one chunk: stays in cache, below glibc's 32 MiB mmap threshold
+
+
+def has_table(basis: Basis) -> TypeGuard[BSpline]:
+    """Whether x finds its cell by one multiplication, so that a path without a compiler touches only the members that are not 0."""
+    return isinstance(basis, BSpline) and basis.knots == "uniform" and basis.extrapolation == "zero"
 
 
 def chunk_rows(bytes_per_row: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from kanformer.bases.bspline import BSpline
 from kanformer.conversion.widths import mlp_parameters
 from kanformer.errors import SurgeryError
 from kanformer.layers import KANFeedForward
@@ -153,13 +154,14 @@ def _linear_flops(d: int, h: int, gated: bool) -> int:
 
 
 def _kan_flops(block: KANFeedForward) -> int:
-    """GEMMs, one FLOP per activation and product, and the splines by their arithmetic: k(k+1) for the members that are not 0."""
+    """GEMMs, one FLOP per activation and product, and the learned functions by the arithmetic of their members."""
     d, h = block.in_features, block.hidden_features
     flops = _linear_flops(d, h, block.gated) + h * (2 if block.gated else 1)
     for _, module in block.spline_modules():
-        k = module.basis.spline_order
+        basis = module.basis
         if isinstance(module, EdgeFunctions):
-            flops += module.channels * (2 * k + 4)  # cell and position (3), Horner (2k), sum with the base (1)
+            splines = 3 + 2 * basis.spline_order  # cell and position, then one polynomial
+            flops += module.channels * (1 + (splines if isinstance(basis, BSpline) else basis.member_flops + 2 * basis.n_basis))
         elif isinstance(module, KANLinear):
-            flops += module.in_features * ((k + 1) * 2 * k + 3) + 2 * module.in_features * module.out_features * module.basis.n_basis
+            flops += module.in_features * basis.member_flops + 2 * module.in_features * module.out_features * basis.n_basis
     return flops

@@ -26,6 +26,7 @@ from kanformer.training.data import load_texts, pad, pad_token, tokenize
 from kanformer.training.loop import Task, Trainer, start_run
 from kanformer.training.models import load_patched, teacher_sites
 from kanformer.training.settings import DistillArguments
+from kanformer.training.teacher_states import TeacherStates, write_teacher_states
 
 _SCALE_BATCHES = 8  # held-out batches from which each layer's output variance is measured, once
 
@@ -82,22 +83,33 @@ class Distiller(nn.Module):
 
         handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)] if pairs else []
         try:
-            states = _hidden_states(self._teacher[0], batch, bool(self.hidden_weight))
+            states = hidden_states(self._teacher[0], batch, bool(self.hidden_weight))
         finally:
             for handle in handles:
                 handle.remove()
         return [(seen[number][0], seen[number][1]) for number in sorted(seen)], states
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed over tokens: weighted means over layers of squared errors over the teacher's variance."""
-        pairs, states = self.teacher_pass(batch, pairs=bool(self.local_weight))
+        """Summed over tokens: weighted means over layers of squared errors over the teacher's variance.
+
+        Args:
+            batch: model inputs, and `teacher_states` (unmasked tokens, layers, d) where they need not be computed.
+        """
+        batch = dict(batch)
+        stored = batch.pop("teacher_states", None)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        if stored is None:
+            pairs, states = self.teacher_pass(batch, pairs=bool(self.local_weight))
+            wanted = [select_tokens(state, batch) for state in states[1:]]
+        else:
+            wanted = list(stored.unbind(1))
         total = torch.zeros((), device=self.scale.device)
         parts: dict[str, Tensor] = {}
         if self.local_weight:
             parts["local"] = self._local(pairs)
             total = total + self.local_weight * parts["local"]
         if self.student is not None:
-            parts["hidden"] = self._hidden(batch, states)
+            parts["hidden"] = self._hidden(batch, wanted)
             total = total + self.hidden_weight * parts["hidden"]
         return total, {name: part.detach() for name, part in parts.items()}
 
@@ -105,17 +117,17 @@ class Distiller(nn.Module):
         errors = [(block(x) - target).float().square().mean(-1).sum() for block, (x, target) in zip(self.blocks, pairs, strict=True)]
         return (torch.stack(errors) / self.scale).mean()
 
-    def _hidden(self, batch: dict[str, Tensor], states: tuple[Tensor, ...]) -> Tensor:
+    def _hidden(self, batch: dict[str, Tensor], wanted: Sequence[Tensor]) -> Tensor:
         assert self.student is not None
-        own = _hidden_states(self.student, batch, True)
+        own = hidden_states(self.student, batch, True)
         errors = []
-        for mine, theirs in zip(own[1:], states[1:], strict=True):
-            wanted, got = select_tokens(theirs, batch).float(), select_tokens(mine, batch).float()
-            errors.append((got - wanted).square().mean(-1).sum() / wanted.var(0, unbiased=False).mean().clamp(min=1e-12))
+        for mine, theirs in zip(own[1:], wanted, strict=True):
+            theirs, got = theirs.float(), select_tokens(mine, batch).float()
+            errors.append((got - theirs).square().mean(-1).sum() / theirs.var(0, unbiased=False).mean().clamp(min=1e-12))
         return torch.stack(errors).mean()
 
 
-def _hidden_states(model: nn.Module, batch: dict[str, Tensor], wanted: bool) -> tuple[Tensor, ...]:
+def hidden_states(model: nn.Module, batch: dict[str, Tensor], wanted: bool) -> tuple[Tensor, ...]:
     """Runs the model without its head where only hidden states are wanted: embeddings first, then every layer."""
     if not wanted:
         model(**batch)
@@ -129,14 +141,25 @@ def _hidden_states(model: nn.Module, batch: dict[str, Tensor], wanted: bool) -> 
 class DistillTask(Task):
     """Texts for a `Distiller`; evaluation is the fraction of variance unexplained (FVU) per layer on held-out text."""
 
-    def __init__(self, distiller: Distiller, student: nn.Module, tokenizer: Any, train: list[list[int]], held: list[list[int]], batch_size: int) -> None:
+    def __init__(
+        self,
+        distiller: Distiller,
+        student: nn.Module,
+        tokenizer: Any,
+        train: list[list[int]],
+        held: list[list[int]],
+        batch_size: int,
+        stored: TeacherStates | None = None,
+    ) -> None:
+        self.stored = stored
         self.module, self.model, self.tokenizer = distiller, student, tokenizer
         self.train, self.held, self.batch_size = train, held, batch_size
         self.examples, self.lengths = len(train), [len(example) for example in train]
         self.layers: list[float] = []
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        return pad([self.train[index] for index in indices], pad_token(self.tokenizer), 8, max(self.lengths or [1]))
+        batch = pad([self.train[index] for index in indices], pad_token(self.tokenizer), 8, max(self.lengths or [1]))
+        return batch if self.stored is None else {**batch, "teacher_states": self.stored.of(indices)}
 
     def items(self, batch: dict[str, Tensor]) -> Tensor:
         return batch["attention_mask"].sum()
@@ -212,6 +235,8 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         )
     if not arguments.teacher_name_or_path:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
+    if arguments.teacher_states and arguments.local_weight:
+        raise ConfigError("distil", got="teacher_states with local_weight above 0", hint="They hold hidden states only: set local_weight to 0.")
     start, checkpoint, accelerator = start_run(arguments)
     texts, held = load_texts(arguments, [arguments.text_column])
     source = str(checkpoint) if checkpoint else arguments.model_name_or_path
@@ -224,8 +249,17 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     chosen = [blocks[site.path] for site in sites]
     distiller = Distiller(teacher, student, sites, chosen, arguments.local_weight, arguments.hidden_weight).to(accelerator.device)
     train_examples, held_examples = (tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held))
-    task = DistillTask(distiller, student, tokenizer, train_examples, held_examples, arguments.per_device_eval_batch_size)
-    task.measure_scale()
+    stored = None
+    if arguments.teacher_states:
+        path = Path(arguments.teacher_states)
+        if accelerator.is_main_process and not path.exists():
+            with accelerator.autocast():
+                store_states(path, teacher, train_examples, pad_token(tokenizer))
+        accelerator.wait_for_everyone()
+        stored = TeacherStates(path, train_examples)
+    task = DistillTask(distiller, student, tokenizer, train_examples, held_examples, arguments.per_device_eval_batch_size, stored)
+    if arguments.local_weight:
+        task.measure_scale()
     before = task.evaluate()
     results = Trainer(task, arguments, accelerator, start, checkpoint).train()
     if accelerator.is_main_process:
@@ -236,6 +270,17 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         print(f"distilled: FVU {before['fvu']:.4f} -> {results['eval_fvu']:.4f} (mean over {len(sites)} layers, held-out text); model in {folder}")
     accelerator.end_training()
     return results
+
+
+def store_states(path: Path, teacher: nn.Module, examples: list[list[int]], pad_id: int) -> None:
+    """Writes the file that `DistillArguments.teacher_states` names: every layer's hidden states of the training texts."""
+    from tqdm.auto import tqdm
+
+    @torch.no_grad()
+    def states(batch: dict[str, Tensor]) -> Sequence[Tensor]:
+        return hidden_states(teacher, batch, True)[1:]
+
+    write_teacher_states(path, states, teacher, examples, pad_id, lambda batches: tqdm(batches, desc="teacher", dynamic_ncols=True, mininterval=0.5))
 
 
 def _freeze(student: nn.Module, blocks: Iterable[KANFeedForward], rest: str) -> None:

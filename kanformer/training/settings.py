@@ -23,6 +23,7 @@ class DataArguments:
     label_column: str = option("label", "column that holds the class (classification)")
     validation_split_percentage: float = option(5.0, "held-out share in percent where no validation text is given", gt=0, le=50)
     max_length: int = option(128, "tokens per example; longer text is cut (or packed, for language models)", ge=2)
+    attn_implementation: str | None = option(None, "attention of the models, as in from_pretrained; eager is the fastest for short texts on a CPU")
     max_train_samples: int | None = option(None, "use only the first so many texts", ge=1)
 
 
@@ -63,6 +64,9 @@ class DistillArguments(LoopArguments, DataArguments):
     calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
     local_weight: float = option(1.0, "of each block's error on the teacher's input", ge=0)
     train_rest: str = option("none", "what else is trained, at learning_rate: norms, or all but the embeddings; needs hidden_weight", REST)
+    teacher_states: str | None = option(
+        None, "file of the teacher's hidden states of the training texts; made if absent, then read instead of running the teacher"
+    )
     hidden_weight: float = option(0.0, "of the error of every layer's hidden state, the student running on its own", ge=0)
 
 

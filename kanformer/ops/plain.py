@@ -1,0 +1,21 @@
+"""When to leave the operators aside and compute by plain tensor functions."""
+
+from __future__ import annotations
+
+import torch
+
+
+def plain_wanted() -> bool:
+    """While a graph is exported (which must not need kanformer to run) or transformed by torch.func."""
+    return torch.compiler.is_exporting() or _in_functorch()
+
+
+def _in_functorch() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record what is done to these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

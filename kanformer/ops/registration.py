@@ -1,0 +1,52 @@
+"""What both operators tell torch of themselves: shapes without data, and how gradients flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kanformer.bases import basis_of
+
+
+def register_gradients(operator: Any, backward: Any, reference: Callable[..., Tensor]) -> None:
+    """Joins operator(x, start, coef, grid, inner, spec, training) with backward(grad, x, coef, grid, inner, spec, needs_x, needs_coef).
+
+    Saved for backward are x, coef, grid and inner, nothing of the size of the basis. Where the gradient itself is to be
+    differentiated (create_graph), it is taken from the plain `reference`.
+    """
+
+    @backward.register_fake
+    def _(grad, x, coef, grid, inner, spec, needs_x, needs_coef):
+        return (
+            torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device),
+            torch.empty(coef.shape if needs_coef else (0,), dtype=coef.dtype, device=x.device),
+            torch.empty((0,) if inner is None else inner.shape, dtype=(coef if inner is None else inner).dtype, device=x.device),
+        )
+
+    def save(ctx, inputs, output) -> None:
+        x, start, coef, grid, inner, spec, _ = inputs
+        ctx.save_for_backward(x, coef, grid, *(() if inner is None else (inner,)))
+        ctx.spec, ctx.start_dtype = spec, None if start is None else start.dtype
+
+    def gradients(ctx, grad: Tensor):
+        x, coef, grid, *rest = ctx.saved_tensors
+        inner = rest[0] if rest else None
+        needs_x, _, needs_coef, _, needs_inner, _, _ = ctx.needs_input_grad
+        needed = (needs_x, needs_coef, needs_inner)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            wanted = [tensor for tensor, need in zip((x, coef, inner), needed, strict=True) if need and tensor is not None]
+            value = reference(x, coef, grid, basis_of(ctx.spec), inner)
+            again = iter(torch.autograd.grad([value], wanted, [grad], create_graph=True) if wanted else ())
+            found = [next(again) if need else None for need in needed]
+        elif any(needed):
+            results = backward(grad.contiguous(), x, coef, grid, inner, ctx.spec, needs_x, needs_coef)
+            found = [result if need else None for result, need in zip(results, needed, strict=True)]
+        else:
+            found = [None, None, None]
+        grad_start = None if ctx.start_dtype is None else grad.to(ctx.start_dtype)
+        return found[0], grad_start, found[1], None, found[2], None, None
+
+    operator.register_autograd(gradients, setup_context=save)
