@@ -110,7 +110,7 @@ def test_full_scores_match_brute_force(gated, monkeypatch):
         x = inputs_of(model, getattr(model.layers[0], name), batches)
         edges = brute_edges(getattr(model.layers[0], name), x)
         variance = edges.var(0, correction=0)
-        torch.testing.assert_close(scores.score, variance[scores.output, scores.input], rtol=0.03, atol=1e-4 * float(variance.max()))
+        torch.testing.assert_close(scores.score, variance[scores.output, scores.input], rtol=5e-3, atol=1e-4 * float(variance.max()))
         assert scores.total == pytest.approx(float(variance.sum()), rel=0.01)
         o, i = int(scores.output[0]), int(scores.input[0])
         assert float(scores.nonlinearity[0]) == pytest.approx(straight_line_residual(x[:, i], edges[:, o, i]), abs=0.01)

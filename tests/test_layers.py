@@ -79,10 +79,10 @@ def test_the_output_has_the_leading_shape_and_dtype_of_the_input(make, dtype):
 
 @each_layer
 def test_every_token_is_mapped_for_itself(make):
-    layer, x = trained(make()), torch.randn(3, 4, D)
+    layer, x = trained(make()).double(), torch.randn(3, 4, D, dtype=torch.float64)
     single = torch.stack([layer(token) for token in x.reshape(-1, D)])
-    torch.testing.assert_close(layer(x).reshape(single.shape), single, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer(x).reshape(single.shape), single, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), rtol=1e-9, atol=1e-10)
 
 
 @each_layer

@@ -1,4 +1,4 @@
-"""Streaming statistics of channels whose range is not known in advance: moments, and histograms with doubling tails."""
+"""Streaming statistics of channels whose range is not known in advance: moments, and histograms with growing tails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 CORE_BINS = 64
-TAIL_BINS = 24  # on each side, each twice as wide as the one before: they reach 2^18 core ranges
+TAIL_STEPS = 4  # bins in which the distance from the core doubles
+TAIL_BINS = 24 * TAIL_STEPS  # on each side: they reach 2^18 core ranges
 PILOT_TOKENS = 256
 _PILOT_LIMIT = 4096
 _CHUNK_ELEMENTS = 2**20
@@ -100,7 +101,7 @@ class ChannelRecorder:
     """Gathers `ChannelStats` from batches of rows, in memory proportional to the channels.
 
     The first 256 tokens or more place 64 equal bins around the bulk of each group's values (10 % to 90 % quantile and
-    three quarters more on either side); beyond them bins double in width, so that an outlier of any size costs the bulk no
+    three quarters more on either side); beyond them the width of bins grows with the distance, so that an outlier of any size costs the bulk no
     resolution. Each bin keeps the sum of its values, so that its node is their true mean.
 
     Args:
@@ -160,12 +161,12 @@ class ChannelRecorder:
             place = (chunk - first).div_(width)
             core = place.clamp(0, CORE_BINS)
             beyond = place.sub_(core)
-            position = core.add_(beyond.abs().log1p_().mul_(1.4426950408889634).copysign_(beyond)).floor_()
+            position = core.add_(beyond.abs().log1p_().mul_(TAIL_STEPS * 1.4426950408889634).copysign_(beyond)).floor_()
             index = position.clamp_(-TAIL_BINS, CORE_BINS + TAIL_BINS - 1).long().add_(offset).view(-1)
             self.counts += torch.bincount(index, minlength=self.counts.numel())
             self.sums += torch.bincount(index, weights=chunk.double().view(-1), minlength=self.sums.numel())
 
     def _edges(self) -> Tensor:
-        tail = 2.0 ** torch.arange(1, TAIL_BINS + 1, dtype=torch.float64) - 1
+        tail = 2.0 ** (torch.arange(1, TAIL_BINS + 1, dtype=torch.float64) / TAIL_STEPS) - 1
         steps = torch.cat([-tail.flip(0), torch.arange(CORE_BINS + 1, dtype=torch.float64), CORE_BINS + tail])
         return self.first.double().cpu().unsqueeze(1) + self.width.double().cpu().unsqueeze(1) * steps

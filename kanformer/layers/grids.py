@@ -33,13 +33,16 @@ class GridModule(nn.Module):
             self.kan_inner.copy_(start)
 
     @torch.no_grad()
-    def _member_sizes(self) -> Tensor:
-        """Root mean square of each member for unit-normal input, (n_basis,); members that such input does not reach count as 1."""
+    def _noise_scales(self) -> Tensor:
+        """Deviations of random coefficients, (n_basis,), that make all members alike over the grid range and their sum of variance 1 for unit-normal input."""
         if self.kan_grid.is_meta:
             return torch.ones(self.basis.n_basis)
-        members = self.basis.evaluate(normal_quantiles().unsqueeze(-1), self.kan_grid[:1].detach().cpu().double())
-        sizes = members.square().mean((0, 1)).sqrt()
-        return torch.where(sizes > 1e-3, sizes, 1.0)
+        grid = self.kan_grid[:1].detach().cpu().double()
+        lo, hi = (float(bound) for bound in self.basis.grid_bounds(grid))
+        even, normal = torch.linspace(lo, hi, 1024, dtype=torch.float64), normal_quantiles()
+        over_range, over_normal = (self.basis.evaluate(x.unsqueeze(-1), grid)[:, 0].square().mean(0) for x in (even, normal))
+        scales = over_range.clamp(min=1e-12).rsqrt()
+        return scales / (scales.square() * over_normal).sum().sqrt()
 
     def _register_grid(self, basis: Basis, rows: int, grid_range: tuple[float, float], device) -> None:
         lo, hi = torch.tensor(grid_range, dtype=torch.float32, device="cpu").tolist()

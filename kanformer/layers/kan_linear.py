@@ -62,9 +62,9 @@ class KANLinear(GridModule):
         """Unit output variance for unit-normal input: nearly all of it from the base weights, the rest from noise on the functions; zero bias."""
         bound = math.sqrt(3.0 * (1 - _NOISE_SHARE) / (self.in_features * second_moment(self.base)))
         nn.init.uniform_(self.kan_base_weight, -bound, bound)
-        nn.init.normal_(self.kan_coef, std=math.sqrt(_NOISE_SHARE / (self.in_features * self.basis.n_basis)))
+        nn.init.normal_(self.kan_coef, std=math.sqrt(_NOISE_SHARE / self.in_features))
         with torch.no_grad():
-            self.kan_coef.div_(self._member_sizes().to(self.kan_coef).unsqueeze(-1))
+            self.kan_coef.mul_(self._noise_scales().to(self.kan_coef).unsqueeze(-1))
         self._reset_inner()
         if self.kan_bias is not None:
             nn.init.zeros_(self.kan_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -91,7 +92,8 @@ def write_teacher_states(
             "write the teacher's states", subject=path, got=reason(error), hint=f"They take {starts[-1] * max(1, layers * width) * _BYTES / 2**30:.1f} GiB."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def remove_teacher_states(path: Path) -> None:
