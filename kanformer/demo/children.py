@@ -41,8 +41,8 @@ def call(commands: list[list[str]]) -> float:
     Raises:
         KanformerError: a child failed; the others are stopped.
     """
-    # One compiler process in place of a pool of them, each of which would import torch.
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    # So few steps do not earn back the start of a compiler, most of a minute with both cores busy.
+    environment = {"KANFORMER_BACKEND": "eager", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
     children = [subprocess.Popen(command, env=environment) for command in commands]
     peak = 0.0
     try:

@@ -48,7 +48,7 @@ class Demo:
         self.arguments, self.started = arguments, time.time()
         self.out = Path(arguments.out)
         self.source = arguments.model or minilm_path()
-        self.steps = arguments.steps or (620 if fast_bf16() else 310)
+        self.steps = arguments.steps or (600 if fast_bf16() else 300)
         self.results: dict[str, Any] = {"settings": asdict(arguments), "steps": self.steps, "bf16_training": fast_bf16()}
         self.states = self.out / "teacher-states.bin"
         self.arms: dict[str, nn.Module] = {}

@@ -20,7 +20,7 @@ class DemoArguments:
     text: str | None = option(None, "text file, a text per line; absent: docstrings of Python's standard library")
     out: str = option("runs/demo", "folder for models, figures and numbers; replaced if a demo wrote it")
     param_ratio: float = option(0.5, "feed-forward parameters to keep", gt=0, le=1)
-    steps: int | None = option(None, "distillation steps of each arm; absent: 620 where bf16 is fast, else 310", ge=1)
+    steps: int | None = option(None, "distillation steps of each arm; absent: 600 where bf16 is fast, else 300", ge=1)
     grid_size: int = option(6, "intervals of a learned function's grid", ge=1)
     batch_size: int = option(16, "texts per step", ge=1)
     max_length: int = option(64, "tokens per text", ge=4)

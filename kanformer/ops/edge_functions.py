@@ -27,7 +27,7 @@ def edge_functions(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: T
 @torch.library.custom_op("kanformer::edge_functions", mutates_args=())
 def _edge_functions(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
     basis, dtype = basis_of(spec), work_dtype(x)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     base = None if start is None else start.reshape(flat.shape)
     y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     compiled = wants_compiled(x, training)
@@ -45,7 +45,7 @@ def _edge_functions_backward(
     grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     basis, dtype = basis_of(spec), work_dtype(x)
-    flat, flat_grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    flat, flat_grad = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, grad))
     grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     compiled = wants_compiled(x, True)
     if not compiled and has_table(basis):
