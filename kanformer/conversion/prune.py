@@ -41,10 +41,11 @@ def prune_channels(dense: DenseFFN, statistics: FFNStatistics, n_keep: int, ridg
     """
     covariance, mean = statistics.covariance()
     weight = dense.down_weight.double()
-    damped = covariance + _damping(covariance, ridge)
     ranking = (covariance.diagonal().clamp(min=0).sqrt() * weight.norm(dim=0)).argsort(descending=True)
-    candidates = [eliminate(damped, weight, n_keep), ranking[:n_keep].sort().values]
-    fits = [_refit(covariance, mean, weight, dense.down_bias, keep, ridge) for keep in candidates]
+    known = statistics.eliminated.get((n_keep, ridge))  # by an earlier patch of the same width, for example of the control
+    if known is None:
+        known = statistics.eliminated[n_keep, ridge] = eliminate(covariance + _damping(covariance, ridge), weight, n_keep)
+    fits = [_refit(covariance, mean, weight, dense.down_bias, keep, ridge) for keep in (known, ranking[:n_keep].sort().values)]
     return min(fits, key=lambda fit: fit.error)
 
 

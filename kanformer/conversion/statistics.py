@@ -50,6 +50,7 @@ class FFNStatistics:
         self.name, self.keep_gram = name, gram
         self.inputs, self.preactivations, self.hidden = ChannelRange(), ChannelRange(), ChannelRange()
         self.gram: Tensor | None = None
+        self.eliminated: dict[tuple[int, float], Tensor] = {}  # (width, ridge) -> the channels that a pruning kept; forgotten with new data
 
     @property
     def tokens(self) -> int:
@@ -71,6 +72,7 @@ class FFNStatistics:
                 got=f"NaN or infinity in the block's input, after {self.tokens:,} good tokens",
                 hint="Look at the model's weights and at the calibration batches.",
             )
+        self.eliminated.clear()
         preactivation = dense.preactivation(x)
         hidden = dense.hidden(x, preactivation)
         self.inputs.update(x)

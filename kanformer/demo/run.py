@@ -38,6 +38,7 @@ from kanformer.training.teacher_states import remove_teacher_states
 
 _MARKER = "demo.json"
 _CALIBRATION_TEXTS = 1024
+_EVAL_TEXTS = 64  # for the per-block errors of the training script; the embeddings are compared on all held-out texts
 _ARMS = {"KAN": "shared", "MLP control": "mlp"}
 
 
@@ -158,6 +159,7 @@ class Demo:
             teacher_states=str(self.states),
             attn_implementation=self.attention,
             max_length=arguments.max_length,
+            max_eval_samples=_EVAL_TEXTS,
             max_steps=self.steps,
             per_device_train_batch_size=arguments.batch_size,
             new_module_learning_rate=arguments.learning_rate,

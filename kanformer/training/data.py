@@ -12,7 +12,7 @@ import torch
 from kanformer.errors import DataError, did_you_mean
 from kanformer.training.settings import DataArguments
 
-_WINDOW = 16  # groups among which texts are sorted by length
+_WINDOW = 64  # groups among which texts are sorted by length
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -58,8 +58,9 @@ def load_texts(arguments: DataArguments, columns: Sequence[str]) -> tuple[dict[s
         if total < 2:
             raise DataError("hold out validation text", got=f"{total} text", expected="at least 2", hint="Give more text, or a validation_file.")
         train, held = ({name: values[:-cut] for name, values in train.items()}, {name: values[-cut:] for name, values in train.items()})
-    if arguments.max_train_samples:
-        train = {name: values[: arguments.max_train_samples] for name, values in train.items()}
+    train, held = (
+        {name: values[:limit] for name, values in part.items()} for part, limit in ((train, arguments.max_train_samples), (held, arguments.max_eval_samples))
+    )
     return train, held
 
 

@@ -25,6 +25,7 @@ class DataArguments:
     max_length: int = option(128, "tokens per example; longer text is cut (or packed, for language models)", ge=2)
     attn_implementation: str | None = option(None, "attention of the models, as in from_pretrained; eager is the fastest for short texts on a CPU")
     max_train_samples: int | None = option(None, "use only the first so many texts", ge=1)
+    max_eval_samples: int | None = option(None, "and only so many of the held-out ones", ge=1)
 
 
 @dataclass
