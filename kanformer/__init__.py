@@ -22,6 +22,7 @@ _PUBLIC = {
     "plan_surgery": "kanformer.surgery.plan",
     "patch_model": "kanformer.surgery.apply",
     "unpatch_model": "kanformer.surgery.restore",
+    "use_backend": "kanformer.ops",
     "calibrate": "kanformer.surgery.calibrate",
     "compare": "kanformer.surgery.compare",
     "collect": "kanformer.interpret",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from kanformer.errors import KanformerError
     from kanformer.interpret import collect, plot_layer, plot_model
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
+    from kanformer.ops import use_backend
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare

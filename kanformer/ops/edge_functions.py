@@ -8,7 +8,7 @@ from torch import Tensor
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis
 from kanformer.ops.backend import run, wants_compiled
-from kanformer.ops.plain import needs_gradient, plain_wanted
+from kanformer.ops.plain import needs_gradient, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_edge_functions, work_dtype
 from kanformer.ops.registration import register_gradients
 from kanformer.ops.spline_table import table_gradients, table_values
@@ -26,46 +26,48 @@ def edge_functions(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: T
 
 @torch.library.custom_op("kanformer::edge_functions", mutates_args=())
 def _edge_functions(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
-    basis, dtype = basis_of(spec), work_dtype(x)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    base = None if start is None else start.reshape(flat.shape)
-    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    compiled = wants_compiled(x, training)
-    if not compiled and has_table(basis):
-        table_values(y, flat, base, coef, grid, basis, dtype)
+    with without_autocast(x):
+        basis, dtype = basis_of(spec), work_dtype(x)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        base = None if start is None else start.reshape(flat.shape)
+        y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        compiled = wants_compiled(x, training)
+        if not compiled and has_table(basis):
+            table_values(y, flat, base, coef, grid, basis, dtype)
+            return y.view(x.shape)
+        spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
+        for rows in _chunks(flat, basis, compiled):
+            y[rows] = run(_values, (flat[rows], None if base is None else base[rows], spread, constants), (basis,), compiled)
         return y.view(x.shape)
-    spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
-    for rows in _chunks(flat, basis, compiled):
-        y[rows] = run(_values, (flat[rows], None if base is None else base[rows], spread, constants), (basis,), compiled)
-    return y.view(x.shape)
 
 
 @torch.library.custom_op("kanformer::edge_functions_backward", mutates_args=())
 def _edge_functions_backward(
     grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    basis, dtype = basis_of(spec), work_dtype(x)
-    flat, flat_grad = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, grad))
-    grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    compiled = wants_compiled(x, True)
-    if not compiled and has_table(basis):
-        grad_coef = table_gradients(grad_x, flat, flat_grad, coef, grid, basis, dtype, needs_x, needs_coef)
-        return grad_x.view(x.shape) if needs_x else grad_x, grad_coef.to(coef.dtype), coef.new_empty(0)
-    spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
-    sums = torch.zeros(basis.n_basis + basis.n_inner, flat.shape[1], dtype=dtype, device=x.device)
-    for rows in _chunks(flat, basis, compiled):
-        piece, part = run(_gradients, (flat[rows], flat_grad[rows], spread, constants), (basis,), compiled)
-        sums += part
-        if needs_x:
-            grad_x[rows] = piece
-    per_group = sums.view(sums.shape[0], coef.shape[0], -1).sum(-1).t()
-    grad_coef, grad_inner = per_group[:, : basis.n_basis], per_group[:, basis.n_basis :]
-    inner_like = coef if inner is None else inner
-    return (
-        grad_x.view(x.shape) if needs_x else grad_x,
-        grad_coef.to(coef.dtype, copy=True) if needs_coef else coef.new_empty(0),
-        grad_inner.to(inner_like.dtype, copy=True) if inner is not None else inner_like.new_empty(0),
-    )
+    with without_autocast(x):
+        basis, dtype = basis_of(spec), work_dtype(x)
+        flat, flat_grad = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, grad))
+        grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+        compiled = wants_compiled(x, True)
+        if not compiled and has_table(basis):
+            grad_coef = table_gradients(grad_x, flat, flat_grad, coef, grid, basis, dtype, needs_x, needs_coef)
+            return grad_x.view(x.shape) if needs_x else grad_x, grad_coef.to(coef.dtype), coef.new_empty(0)
+        spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
+        sums = torch.zeros(basis.n_basis + basis.n_inner, flat.shape[1], dtype=dtype, device=x.device)
+        for rows in _chunks(flat, basis, compiled):
+            piece, part = run(_gradients, (flat[rows], flat_grad[rows], spread, constants), (basis,), compiled)
+            sums += part
+            if needs_x:
+                grad_x[rows] = piece
+        per_group = sums.view(sums.shape[0], coef.shape[0], -1).sum(-1).t()
+        grad_coef, grad_inner = per_group[:, : basis.n_basis], per_group[:, basis.n_basis :]
+        inner_like = coef if inner is None else inner
+        return (
+            grad_x.view(x.shape) if needs_x else grad_x,
+            grad_coef.to(coef.dtype, copy=True) if needs_coef else coef.new_empty(0),
+            grad_inner.to(inner_like.dtype, copy=True) if inner is not None else inner_like.new_empty(0),
+        )
 
 
 def _values(x: Tensor, start: Tensor | None, coef: Tensor, constants: Tensor, basis: Basis) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis, sum_up
 from kanformer.ops.backend import run, wants_compiled
-from kanformer.ops.plain import needs_gradient, plain_wanted
+from kanformer.ops.plain import needs_gradient, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_full_edges, work_dtype
 from kanformer.ops.registration import register_gradients
 from kanformer.ops.spline_planes import SplinePlanes
@@ -26,51 +26,53 @@ def full_edges(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: Tenso
 
 @torch.library.custom_op("kanformer::full_edges", mutates_args=())
 def _full_edges(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    outputs = coef.shape[0]
-    matrix = coef.reshape(outputs, -1).t()
-    y = torch.empty(flat.shape[0], outputs, dtype=coef.dtype, device=x.device)
-    base = None if start is None else start.reshape(-1, outputs).to(coef.dtype)
-    planes = _planes(x, grid, inner, spec, wants_compiled(x, training))
-    for rows in planes.chunks(flat.shape[0]):
-        values = planes.values(flat[rows], coef.dtype)
-        if base is None:
-            torch.mm(values, matrix, out=y[rows])
-        else:
-            torch.addmm(base[rows], values, matrix, out=y[rows])
-    return y.to(x.dtype if start is None else start.dtype).view(*x.shape[:-1], outputs)
+    with without_autocast(x):
+        flat = x.reshape(-1, x.shape[-1])
+        outputs = coef.shape[0]
+        matrix = coef.reshape(outputs, -1).t()
+        y = torch.empty(flat.shape[0], outputs, dtype=coef.dtype, device=x.device)
+        base = None if start is None else start.reshape(-1, outputs).to(coef.dtype)
+        planes = _planes(x, grid, inner, spec, wants_compiled(x, training))
+        for rows in planes.chunks(flat.shape[0]):
+            values = planes.values(flat[rows], coef.dtype)
+            if base is None:
+                torch.mm(values, matrix, out=y[rows])
+            else:
+                torch.addmm(base[rows], values, matrix, out=y[rows])
+        return y.to(x.dtype if start is None else start.dtype).view(*x.shape[:-1], outputs)
 
 
 @torch.library.custom_op("kanformer::full_edges_backward", mutates_args=())
 def _full_edges_backward(
     grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    flat = x.reshape(-1, x.shape[-1])
-    grad = grad.reshape(-1, coef.shape[0]).to(coef.dtype)
-    dtype, matrix = work_dtype(x), coef.reshape(coef.shape[0], -1)
-    planes = _planes(x, grid, inner, spec, wants_compiled(x, True))
-    grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    # bf16 sums over many chunks would lose the small ones, so they are added up in the working dtype.
-    grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=dtype, device=x.device)
-    grad_inner = torch.zeros((0,) if inner is None else inner.shape, dtype=dtype, device=x.device)
-    for rows in planes.chunks(flat.shape[0]):
-        if needs_coef:
-            values = planes.values(flat[rows], coef.dtype)
-            if coef.dtype == dtype:
-                grad_coef.addmm_(grad[rows].t(), values)
-            else:
-                grad_coef += torch.mm(grad[rows].t(), values)
-        if needs_x or inner is not None:
-            piece, part = planes.gradients(flat[rows], torch.mm(grad[rows], matrix))
-            if needs_x:
-                grad_x[rows] = piece
-            if inner is not None:
-                grad_inner += part
-    return (
-        grad_x.view(x.shape) if needs_x else grad_x,
-        grad_coef.to(coef.dtype).view(coef.shape) if needs_coef else coef.new_empty(0),
-        grad_inner.to(coef.dtype if inner is None else inner.dtype),
-    )
+    with without_autocast(x):
+        flat = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, coef.shape[0]).to(coef.dtype)
+        dtype, matrix = work_dtype(x), coef.reshape(coef.shape[0], -1)
+        planes = _planes(x, grid, inner, spec, wants_compiled(x, True))
+        grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+        # bf16 sums over many chunks would lose the small ones, so they are added up in the working dtype.
+        grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=dtype, device=x.device)
+        grad_inner = torch.zeros((0,) if inner is None else inner.shape, dtype=dtype, device=x.device)
+        for rows in planes.chunks(flat.shape[0]):
+            if needs_coef:
+                values = planes.values(flat[rows], coef.dtype)
+                if coef.dtype == dtype:
+                    grad_coef.addmm_(grad[rows].t(), values)
+                else:
+                    grad_coef += torch.mm(grad[rows].t(), values)
+            if needs_x or inner is not None:
+                piece, part = planes.gradients(flat[rows], torch.mm(grad[rows], matrix))
+                if needs_x:
+                    grad_x[rows] = piece
+                if inner is not None:
+                    grad_inner += part
+        return (
+            grad_x.view(x.shape) if needs_x else grad_x,
+            grad_coef.to(coef.dtype).view(coef.shape) if needs_coef else coef.new_empty(0),
+            grad_inner.to(coef.dtype if inner is None else inner.dtype),
+        )
 
 
 class _ElementwisePlanes:

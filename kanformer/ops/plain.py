@@ -1,4 +1,4 @@
-"""When to leave the operators aside and compute by plain tensor functions."""
+"""What surrounds an operator: when to leave it aside for plain tensor functions, and what it must not inherit from its caller."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def _in_functorch() -> bool:
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will record what is done to these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def without_autocast(x: torch.Tensor) -> torch.autocast:
+    """A context in which operators run in the dtypes that they choose themselves: autocast would round the functions' own numbers."""
+    return torch.autocast(x.device.type, enabled=False)
