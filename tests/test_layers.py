@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from kanformer.layers import EdgeFunctions, KANLinear, SharedKANLinear
@@ -91,6 +91,16 @@ def test_gradcheck_of_input_and_all_parameters(make):
     names = [name for name, _ in layer.named_parameters()]
     x = (torch.randn(3, D, dtype=torch.float64) * 2).requires_grad_()
     assert gradcheck(lambda x, *values: functional_call(layer, dict(zip(names, values, strict=True)), (x,)), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("base", ["silu", "gelu", "identity"])
+@pytest.mark.parametrize("layer", [KANLinear, SharedKANLinear])
+def test_the_second_derivative_is_there(layer, base):
+    """Differential equations, solved by the network, need it."""
+    module = trained(layer(2, 3, base=base, grid_size=3)).double()
+    x = torch.randn(3, 2, dtype=torch.float64).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+    assert gradgradcheck(lambda x, *values: functional_call(module, dict(zip(names, values, strict=True)), (x,)), (x, *module.parameters()))
 
 
 @each_layer

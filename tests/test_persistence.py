@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import kanformer
 from kanformer.errors import CheckpointError, KanformerError
 from kanformer.surgery.loading import load_model
+from layer_cases import BASES
 from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, same_state, snapshot
 
 _PLAIN = {"shared": {}, "full": {"edges": "full", "grid_size": 3}, "mlp": {"edges": "mlp"}}
@@ -53,6 +54,20 @@ def test_every_kind_of_edge_and_a_pruned_width_come_back(settings, tmp_path):
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert next(iter(blocks(loaded).values())).hidden_features < 48
     assert torch.equal(case.logits(loaded.eval()), case.logits(model))
+
+
+@each_dtype
+@pytest.mark.parametrize("edges", ["shared", "full"])
+@pytest.mark.parametrize("basis", BASES.values(), ids=BASES)
+def test_every_basis_starts_exact_and_comes_back_bit_for_bit(basis, edges, dtype, tmp_path):
+    case = BY_NAME["bert"]
+    before = case.logits(case.build(dtype), dtype)
+    model = kanformer.patch_model(case.build(dtype), edges=edges, grid_size=3, **basis)
+    assert torch.equal(case.logits(model, dtype), before)
+    disturb(model).save_pretrained(tmp_path)
+    loaded = getattr(tf, case.auto_class).from_pretrained(tmp_path)
+    assert same_state(snapshot(loaded), snapshot(model)) and not torch.equal(case.logits(model, dtype), before)
+    assert torch.equal(case.logits(loaded.eval(), dtype), case.logits(model, dtype))
 
 
 _FRESH = """

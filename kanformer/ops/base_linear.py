@@ -7,7 +7,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from kanformer.ops.plain import plain_wanted
 
@@ -30,17 +29,16 @@ class _BaseLinear(torch.autograd.Function):
         return F.linear(base(x), weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads: Tensor):
         x, weight = ctx.saved_tensors
-        grad, dtype = grads[0], grads[0].dtype
+        grad, dtype, again = grads[0], grads[0].dtype, torch.is_grad_enabled()  # again: the gradient itself will be differentiated
+        leaf = x if again else x.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_(ctx.needs_input_grad[0])
             hidden = ctx.base(leaf)
-        rows, values = grad.reshape(-1, weight.shape[0]), hidden.detach().reshape(-1, weight.shape[1]).to(dtype)
-        grad_weight = torch.mm(rows.t(), values).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        rows, values = grad.reshape(-1, weight.shape[0]), hidden.reshape(-1, weight.shape[1]).to(dtype)
+        grad_weight = torch.mm(rows.t(), values if again else values.detach()).to(weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = rows.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            (grad_x,) = torch.autograd.grad(hidden, leaf, torch.matmul(grad, weight.to(dtype)).to(hidden.dtype))
+            (grad_x,) = torch.autograd.grad(hidden, leaf, torch.matmul(grad, weight.to(dtype)).to(hidden.dtype), create_graph=again)
         return grad_x, grad_weight, grad_bias, None
