@@ -24,6 +24,7 @@ VARIANTS = {
     "shared rational": {"edges": "shared", "basis": "rational"},
     "full edges, MLP's parameters": {"edges": "full", "grid_size": 5},
 }
+BACKENDS = ("eager", "compile")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -73,7 +74,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> lis
     runs: dict[tuple[str, str], Callable] = {("MLP", "-"): step(make(d, h, {"edges": "mlp"}, dtype), x, grad)}
     for name, settings in VARIANTS.items():
         block = make(d, h, settings, dtype)
-        for backend in ("eager", "compile"):
+        for backend in BACKENDS:
             runs[name, backend] = step(block, x, grad)
             with use_backend(backend):
                 check(name, block, x, grad, runs[name, backend]())
