@@ -176,7 +176,16 @@ def sum_up(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
-def scale_to_range(grid: Tensor, steps: int) -> Tensor:
-    """The constants [lo, steps per unit of x] of grids (rows, 2) that are nothing but their bounds."""
-    lo, hi = grid[:, 0], grid[:, 1]
-    return torch.stack([lo, steps / (hi - lo)])
+class RangeBasis(Basis):
+    """A basis whose grids (rows, 2) are nothing but their bounds."""
+
+    def make_grid(self, lo: Tensor, hi: Tensor) -> Tensor:
+        return torch.stack([lo, hi], -1)
+
+    def grid_bounds(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        return grid[:, 0], grid[:, 1]
+
+    def constants(self, grid: Tensor, inner: Tensor | None) -> Tensor:
+        """[lo, cells per unit of x]."""
+        lo, hi = self.grid_bounds(grid)
+        return torch.stack([lo, self.grid_size / (hi - lo)])

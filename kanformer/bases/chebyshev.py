@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kanformer.bases.base import Basis, scale_to_range
+from kanformer.bases.base import RangeBasis
 
 
-class Chebyshev(Basis):
+class Chebyshev(RangeBasis):
     """T[0..G](t) with t in [-1, 1] over the grid range; `grid_size` is the degree. Beyond the range each stays at its end value."""
 
     name = "chebyshev"
@@ -21,15 +21,6 @@ class Chebyshev(Basis):
     @property
     def member_flops(self) -> int:
         return 3 + 2 * max(0, self.grid_size - 1)
-
-    def make_grid(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.stack([lo, hi], -1)
-
-    def grid_bounds(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        return grid[:, 0], grid[:, 1]
-
-    def constants(self, grid: Tensor, inner: Tensor | None) -> Tensor:
-        return scale_to_range(grid, self.grid_size)
 
     def members(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         t = self._position(x, constants).clamp(-1, 1)

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from kanformer.bases.base import Basis, scale_to_range
+from kanformer.bases.base import RangeBasis
 
 
-class Fourier(Basis):
+class Fourier(RangeBasis):
     """cos(m w) and sin(m w), m = 1..G, with w from 0 to pi over the grid range, so that the period is twice the range."""
 
     name = "fourier"
@@ -24,15 +24,6 @@ class Fourier(Basis):
     @property
     def member_flops(self) -> int:
         return 4 + 6 * (self.grid_size - 1)
-
-    def make_grid(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.stack([lo, hi], -1)
-
-    def grid_bounds(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        return grid[:, 0], grid[:, 1]
-
-    def constants(self, grid: Tensor, inner: Tensor | None) -> Tensor:
-        return scale_to_range(grid, self.grid_size)
 
     def members(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         cosines, sines = self._harmonics(x, constants)

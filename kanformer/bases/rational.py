@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kanformer.bases.base import Basis
+from kanformer.bases.base import RangeBasis
 
 _DEGREE, _ORDERS = 5, 4  # of numerator and denominator, as in KAT
 _STEPS = 400
 
 
-class Rational(Basis):
+class Rational(RangeBasis):
     """P5(x) / (1 + sum_i |b_i| |x|^i), i = 1..4: the members are x^m / Q(x), m = 0..5, and b are the inner numbers.
 
     Defined for all x; the grid is only the range that figures and reports look at. The sign of b_i = 0 counts as +1,
@@ -30,12 +30,6 @@ class Rational(Basis):
     @property
     def member_flops(self) -> int:
         return 2 * _ORDERS + 1 + _DEGREE
-
-    def make_grid(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.stack([lo, hi], -1)
-
-    def grid_bounds(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        return grid[:, 0], grid[:, 1]
 
     def initial_inner(self, rows: int) -> Tensor:
         return torch.zeros(rows, _ORDERS)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kanformer.bases.base import Basis, scale_to_range
+from kanformer.bases.base import RangeBasis
 
 _FAR = 30.0  # cells from a centre, where exp(-z^2) has long been 0
 
 
-class GaussianRBF(Basis):
+class GaussianRBF(RangeBasis):
     """exp(-((x - centre) / h)^2) at the G + 1 grid points, with h the width of a cell. Fades to 0 beyond the range."""
 
     name = "rbf"
@@ -23,15 +23,6 @@ class GaussianRBF(Basis):
     @property
     def member_flops(self) -> int:
         return 2 + 3 * self.n_basis
-
-    def make_grid(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.stack([lo, hi], -1)
-
-    def grid_bounds(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        return grid[:, 0], grid[:, 1]
-
-    def constants(self, grid: Tensor, inner: Tensor | None) -> Tensor:
-        return scale_to_range(grid, self.grid_size)
 
     def members(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         return [torch.exp(-z * z) for z in self._distances(x, constants)]
