@@ -74,7 +74,7 @@ class Demo:
         self._say(f"model and text: {self.source}")
         _check_folder(self.out)
         self.attention = None if torch.cuda.is_available() else "eager"  # the fastest for short texts on a CPU
-        self.original = self._load(self.source)
+        self.original = load_model(self.source, attn_implementation=self.attention)
         if getattr(self.original.config, "is_encoder_decoder", False):  # type: ignore[union-attr]
             raise ConfigError("run the demo", subject=self.source, got="an encoder-decoder model", expected="an encoder or a causal language model")
         plan_surgery(self.original)  # nothing is written for a model that cannot be patched
@@ -128,7 +128,7 @@ class Demo:
         return free_groups(int(self.arguments.param_ratio * parameters), width, config, gated=gated, up_bias=up_bias, down_bias=True)
 
     def _teach(self) -> None:
-        """The original's hidden states of the training texts, once for both arms; as many texts as the steps will read."""
+        """The original's hidden states of the training texts, once for both arms."""
         self._say("run the original over the training texts")
         examples = tokenize(self.bench.tokenizer, self.corpus.train, self.arguments.max_length)
         with torch.autocast(next(self.original.parameters()).device.type, torch.bfloat16, enabled=fast_bf16()):
@@ -144,7 +144,7 @@ class Demo:
         for name, edges in _ARMS.items():
             results = self.out / edges / "distilled" / "all_results.json"
             self.results[name]["distillation"] = json.loads(results.read_text(encoding="utf-8"))
-            self.arms[name] = self._load(str(self.out / edges / "distilled" / "model"))
+            self.arms[name] = load_model(str(self.out / edges / "distilled" / "model"), attn_implementation=self.attention)
             self.results[name]["after"] = self._measure(self.arms[name])
             self._tell(f"{name} after training: {_line(self.results[name]['after'], self.corpus)}")
 
@@ -218,9 +218,6 @@ class Demo:
         for name, path in places.items():
             self._tell(f"{name}: {path}")
         self._tell(f"{seconds:.0f} s, at most {peak:.2f} GiB in all processes together")
-
-    def _load(self, source: str) -> nn.Module:
-        return load_model(source, **({"attn_implementation": self.attention} if self.attention else {}))
 
     def _say(self, text: str) -> None:
         print(f"\n[{time.time() - self.started:5.0f} s] {text}", flush=True)

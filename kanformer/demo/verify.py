@@ -18,7 +18,7 @@ def main() -> None:
     reference = load_file(reference_file)
     torch.set_num_threads(int(reference["threads"]))
     quiet_transformers()
-    model = load_model(folder, **({"attn_implementation": attention[0]} if attention else {}))
+    model = load_model(folder, attn_implementation=attention[0] if attention else None)
     state = model.state_dict()
     different = [name for name, tensor in reference.items() if name.startswith("state.") and not torch.equal(tensor, state[name[6:]])]
     with torch.no_grad():

@@ -10,12 +10,13 @@ from torch import nn
 from kanformer.errors import CheckpointError, KanformerError
 
 
-def load_model(name_or_path: str, auto_class: str | None = None, **kwargs: Any) -> nn.Module:
+def load_model(name_or_path: str, auto_class: str | None = None, attn_implementation: str | None = None, **kwargs: Any) -> nn.Module:
     """A model in eval mode, by `transformers.<auto_class>.from_pretrained`.
 
     Args:
         name_or_path: a folder or hub id, patched or not.
         auto_class: for example "AutoModelForCausalLM"; None takes the class that config.json names.
+        attn_implementation: as in from_pretrained; None leaves the choice to transformers.
 
     Raises:
         CheckpointError: no such folder, or files that are missing, cut short or do not belong together.
@@ -23,6 +24,8 @@ def load_model(name_or_path: str, auto_class: str | None = None, **kwargs: Any) 
     import transformers
 
     _check_folder(name_or_path)
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
     try:
         cls = getattr(transformers, auto_class) if auto_class else _own_class(name_or_path)
         model, info = cls.from_pretrained(name_or_path, output_loading_info=True, **kwargs)

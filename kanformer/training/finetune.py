@@ -144,8 +144,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
 
 def _load(source: str, arguments: FinetuneArguments, names: list[str]) -> nn.Module:
     extra = {"num_labels": len(names), "label2id": {name: i for i, name in enumerate(names)}, "id2label": dict(enumerate(names))} if names else {}
-    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-    return load_model(source, _AUTO_CLASSES[arguments.task], **extra, **attention)
+    return load_model(source, _AUTO_CLASSES[arguments.task], attn_implementation=arguments.attn_implementation, **extra)
 
 
 @torch.no_grad()

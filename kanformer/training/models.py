@@ -34,18 +34,18 @@ def load_patched(source: str | None, teacher_name: str, arguments: DistillArgume
         SurgeryError: the source is not patched, or the teacher is.
     """
     tokenizer = load_tokenizer(arguments.tokenizer_name or teacher_name)
-    attention = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-    teacher = load_model(teacher_name, **attention).requires_grad_(False)
+    attention = arguments.attn_implementation
+    teacher = load_model(teacher_name, attn_implementation=attention).requires_grad_(False)
     if is_patched(teacher):
         raise SurgeryError("distil", subject=teacher_name, got="a teacher that is patched", expected="the original model")
     check_length(teacher, arguments.max_length)
     if source is None:
-        student = load_model(teacher_name, **attention)
+        student = load_model(teacher_name, attn_implementation=attention)
         config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
         batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
         patch_model(student, config, calibration=batches)
         return student, teacher, tokenizer
-    student = load_model(source, **attention)
+    student = load_model(source, attn_implementation=attention)
     if not is_patched(student):
         raise SurgeryError(
             "distil", subject=source, got="a model that is not patched", hint="Patch it first (kanformer patch), or leave model_name_or_path out and set `kan`."
