@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -109,16 +109,19 @@ class Basis(ABC):
         """The derivatives of `planes`."""
         return self.slopes(x if self.extrapolation == "zero" else self._clamped(x, constants)[0], constants)
 
-    def value(self, x: Tensor, coef: Tensor, constants: Tensor) -> Tensor:
-        """sum_c coef[c] * B[c](x)."""
-        return _weighted(self.planes(x, constants), coef)
+    def value(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        """sum_c coef[c] * B[c](x), where the coefficients have a number per row or one per x."""
+        return weighted(self.planes(x, constants), coef)
 
-    def pullback(self, x: Tensor, grad: Tensor, coef: Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def slope(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        """sum_c coef[c] * B'[c](x), the derivative of `value`."""
+        return weighted(self.plane_slopes(x, constants), coef)
+
+    def pullback(self, x: Tensor, grad: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The gradients of grad * value: for x, and before summing over tokens for each coefficient and each inner number."""
         planes = self.planes(x, constants)
-        slope = _weighted(self.plane_slopes(x, constants), coef)
-        inner = self.inner_slopes(x, constants, grad * _weighted(planes, coef)) if self.n_inner else []
-        return grad * slope, [grad * plane for plane in planes], inner
+        inner = self.inner_slopes(x, constants, grad * weighted(planes, coef)) if self.n_inner else []
+        return grad * self.slope(x, coef, constants), [grad * plane for plane in planes], inner
 
     def _clamped(self, x: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
         """x cut to the grid range, and how far it lay beyond."""
@@ -167,8 +170,9 @@ class Basis(ABC):
         return None
 
 
-def _weighted(planes: list[Tensor], coef: Tensor) -> Tensor:
-    return sum_up(coef[c] * plane for c, plane in enumerate(planes))
+def weighted(planes: Sequence[Tensor], factors: Sequence[Tensor] | Tensor) -> Tensor:
+    """The sum of planes, each times its factor."""
+    return sum_up(factors[c] * plane for c, plane in enumerate(planes))
 
 
 def sum_up(terms: Iterable[Tensor]) -> Tensor:

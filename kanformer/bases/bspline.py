@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kanformer.bases.base import Basis, sum_up
+from kanformer.bases.base import Basis, weighted
 
 
 class BSpline(Basis):
     """The basis of the KAN paper: G + k B-splines of degree k on G intervals, knots extended by k on each side.
 
     Inside the grid range the members sum to 1 and reproduce polynomials up to degree k; beyond the extended
-    knots they are 0. On uniform knots the members have a closed form, which a compiler turns into one pass; on free
-    knots they come from the recursion.
+    knots they are 0. On uniform knots the members of a cell are fixed polynomials, which a compiler turns into one pass; on
+    free knots they come from the recursion.
     """
 
     name = "bspline"
@@ -75,59 +78,52 @@ class BSpline(Basis):
     def members(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         if self.knots == "free":
             return _recursion(x, constants, self.spline_order)
-        return [_cardinal(distance, self.spline_order, inside) for _, distance, inside in self._distances(x, constants)]
+        place = self._place(x, constants)
+        return place.spread(_local_members(place.u, self.spline_order), self.n_basis)
 
     def slopes(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         k = self.spline_order
         if k == 0:
-            return [0 * member for member in self.members(x, constants)]
+            return [member - member for member in self.members(x, constants)]
         if self.knots == "free":
             return _recursion_slopes(x, constants, k)
-        return [constants[1] * torch.where(left, 1.0, -1.0) * _cardinal_slope(distance, k) for left, distance, _ in self._distances(x, constants)]
+        place = self._place(x, constants)
+        lower = [constants[1] * member for member in _local_members(place.u, k - 1)]
+        return place.spread([-lower[0], *(left - right for left, right in itertools.pairwise(lower)), lower[-1]], self.n_basis)
 
-    def _distances(self, x: Tensor, constants: Tensor):
-        """For each member: whether x is left of its middle, the distance to the nearer of its ends in cells (negative outside), whether x is in it."""
-        half = (self.spline_order + 1) / 2
-        position = ((x - constants[0]) * constants[1] + self.spline_order).clamp(-1, self.n_basis + self.spline_order + 1)
-        for member in range(self.n_basis):
-            from_middle = position - (member + half)
-            yield from_middle < 0, half - from_middle.abs(), (from_middle >= -half) & (from_middle < half)
+    def value(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        if not self._windowed:
+            return super().value(x, coef, constants)
+        place = self._place(x, constants)
+        return weighted(_local_members(place.u, self.spline_order), place.window(coef, self))
+
+    def slope(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        """By the differences of the coefficients and the members of one degree less (de Boor 1978, chapter X, equation 15)."""
+        if not self._windowed or self.spline_order == 0:
+            return super().slope(x, coef, constants)
+        place = self._place(x, constants)
+        steps = [right - left for left, right in itertools.pairwise(place.window(coef, self))]
+        return weighted(_local_members(place.u, self.spline_order - 1), steps) * constants[1]
+
+    def pullback(self, x: Tensor, grad: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        if not self._windowed:
+            return super().pullback(x, grad, coef, constants)
+        local = [grad * member for member in _local_members(self._place(x, constants).u, self.spline_order)]
+        return grad * self.slope(x, coef, constants), self._place(x, constants).spread(local, self.n_basis), []
 
     def _bounds(self, constants: Tensor) -> tuple[Tensor, Tensor]:
         if self.knots == "free":
             return constants[self.spline_order], constants[self.spline_order + self.grid_size]
         return super()._bounds(constants)
 
-    def value(self, x: Tensor, coef: Tensor, constants: Tensor) -> Tensor:
-        if not self._folded:
-            return super().value(x, coef, constants)
-        return sum_up(fold.pick(coef) * _cardinal(fold.distance, self.spline_order) for fold in self._folds(x, constants))
-
-    def pullback(self, x: Tensor, grad: Tensor, coef: Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        if not self._folded:
-            return super().pullback(x, grad, coef, constants)
-        slopes, parts = [], [x] * self.n_basis
-        for fold in self._folds(x, constants):
-            steepness = _cardinal_slope(fold.distance, self.spline_order)
-            slopes.append(fold.pick(coef) * torch.where(fold.left, steepness, -steepness))
-            weighted = grad * _cardinal(fold.distance, self.spline_order)
-            for member, here in zip(fold.members, fold.here, strict=True):
-                parts[member] = torch.where(here, weighted, weighted * 0)
-        return grad * (sum_up(slopes) * constants[1]), parts, []
-
     @property
-    def _folded(self) -> bool:
-        return self.knots == "uniform" and self.extrapolation == "zero" and self.spline_order > 0
+    def _windowed(self) -> bool:
+        return self.knots == "uniform" and self.extrapolation == "zero"
 
-    def _folds(self, x: Tensor, constants: Tensor):
-        """Every (k+1)-th member: their supports tile the line, so at any x at most one of them is not 0, and one evaluation serves all."""
-        width = self.spline_order + 1
-        position = ((x - constants[0]) * constants[1] + self.spline_order).clamp(-1, self.n_basis + width)
-        for first in range(min(width, self.n_basis)):
-            turns = (position - first) / width
-            number = turns.floor()
-            offset = (turns - number - 0.5) * width
-            yield _Fold(range(first, self.n_basis, width), number, offset < 0, width / 2 - offset.abs())
+    def _place(self, x: Tensor, constants: Tensor) -> _Place:
+        position = ((x - constants[0]) * constants[1] + self.spline_order).clamp(-1, self.n_basis + self.spline_order)
+        cell = position.floor()
+        return _Place(cell, position - cell)
 
     def sympy_members(self, x, lo, hi):
         from sympy import bspline_basis
@@ -137,56 +133,65 @@ class BSpline(Basis):
         return [bspline_basis(self.spline_order, knots, member, x) for member in range(self.n_basis)]
 
 
-class _Fold:
-    """The members of one residue class: which of them is at hand (`here`), and where in it."""
+@dataclass(frozen=True)
+class _Place:
+    """Where x lies on uniform extended knots: the cell (-1 and the one past the last for all that is outside) and the position in it, in [0, 1)."""
 
-    def __init__(self, members: range, number: Tensor, left: Tensor, distance: Tensor) -> None:
-        self.members, self.left, self.distance = members, left, distance
-        self.here = [number == turn for turn in range(len(members))]
+    cell: Tensor
+    u: Tensor
 
-    def pick(self, coef: Tensor) -> Tensor:
-        """The coefficient of the member at hand, 0 where there is none."""
-        picked = torch.zeros((), dtype=coef.dtype, device=coef.device)
-        for member, here in zip(self.members, self.here, strict=True):
-            picked = torch.where(here, coef[member], picked)
-        return picked
+    def window(self, coef: Sequence[Tensor] | Tensor, basis: BSpline) -> list[Tensor]:
+        """The k + 1 coefficients that count at x, 0 for members that do not exist.
 
+        They are found by halving: each round moves the whole list on by a power of two or not, so that a vector
+        machine needs one selection per entry that is still in question, and no look-up.
+        """
+        k, nothing = basis.spline_order, torch.zeros_like(self.cell)
+        entries = [nothing] * (k + 1) + [coef[c] for c in range(basis.n_basis)] + [nothing] * (k + 1)
+        start, shift = self.cell + 1, 1 << (basis.n_basis + k + 1).bit_length() - 1
+        while shift:
+            far = start >= shift
+            start = torch.where(far, start - shift, start)
+            entries = [torch.where(far, entries[i + shift] if i + shift < len(entries) else nothing, entries[i]) for i in range(min(k + shift, len(entries)))]
+            shift //= 2
+        return entries
 
-def _cardinal(distance: Tensor, degree: int, inside: Tensor | None = None) -> Tensor:
-    """The B-spline of `degree` on unit cells at `distance` from the nearer end of its support, 0 where that is negative; nan stays nan."""
-    if degree == 0:
-        assert inside is not None
-        return torch.where(inside, 1.0, 0.0).to(distance.dtype) + 0 * distance
-    return _alternating(distance, degree, degree + 1, 1 / math.factorial(degree))
-
-
-def _cardinal_slope(distance: Tensor, degree: int) -> Tensor:
-    """Its slope towards the middle."""
-    if degree == 1:
-        return torch.where(distance > 0, 1.0, 0.0).to(distance.dtype) + 0 * distance
-    return _alternating(distance, degree - 1, degree + 1, 1 / math.factorial(degree - 1))
-
-
-def _alternating(distance: Tensor, power: int, terms: int, scale: float) -> Tensor:
-    """scale * sum_j (-1)^j C(terms, j) max(distance - j, 0)^power over the terms that can be reached: distance <= terms / 2."""
-    total = _power(distance.clamp(min=0), power) * scale
-    for j in range(1, (terms + 1) // 2):
-        total = total + _power((distance - j).clamp(min=0), power) * ((-1) ** j * math.comb(terms, j) * scale)
-    return total
+    def spread(self, local: list[Tensor], n_basis: int) -> list[Tensor]:
+        """All members from those that live on the cell, (k + 1) from the left; nan where they are."""
+        nothing, order = local[-1] - local[-1], len(local) - 1
+        here = [self.cell == cell for cell in range(n_basis + order)]
+        found = []
+        for member in range(n_basis):
+            value = nothing
+            for r in range(order + 1):
+                value = torch.where(here[member + order - r], local[r], value)
+            found.append(value)
+        return found
 
 
-def _power(x: Tensor, power: int) -> Tensor:
-    value = x
-    for _ in range(power - 1):
-        value = value * x
-    return value
+def _local_members(u: Tensor, degree: int) -> list[Tensor]:
+    """The degree + 1 members that are not 0 on a cell of uniform knots, from the left, at the position u in it; nan where u is."""
+    mirrored, factors = 1 - u, _constant_polynomials(degree)
+    right = [_polynomial(factors[r], u) for r in range(degree // 2 + 1, degree + 1)]
+    left = [_polynomial(factors[degree - r], mirrored) for r in range(degree // 2 + 1)]
+    return left + right
+
+
+def _polynomial(factors: Sequence[float], u: Tensor) -> Tensor:
+    """The polynomial with these ascending factors."""
+    if not any(factors[1:]):
+        return u - u + factors[0]
+    value: Tensor | float = factors[-1]
+    for factor in reversed(factors[:-1]):
+        value = value * u + factor if factor else value * u
+    return cast(Tensor, value)
 
 
 def _recursion(x: Tensor, knots: Tensor, degree: int) -> list[Tensor]:
     """Cox and de Boor's recursion on knots (points, rows), as a list of members; see `_cox_de_boor`."""
     points = len(knots)
     x = torch.minimum(torch.maximum(x, 2 * knots[0] - knots[-1]), 2 * knots[-1] - knots[0])  # infinities lie outside
-    found = [torch.where((x >= knots[i]) & (x < knots[i + 1]), 1.0, 0.0).to(x.dtype) + 0 * x for i in range(points - 1)]
+    found = [torch.where((x >= knots[i]) & (x < knots[i + 1]), 1.0, 0.0).to(x.dtype) + (x - x) for i in range(points - 1)]
     for k in range(1, degree + 1):
         widths = [_reciprocal(knots[i + k] - knots[i]) for i in range(points - k)]
         found = [(x - knots[i]) * widths[i] * found[i] + (knots[i + k + 1] - x) * widths[i + 1] * found[i + 1] for i in range(points - k - 1)]
@@ -237,6 +242,12 @@ def local_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
             grown.append([a + b for a, b in zip(rising, falling, strict=True)])
         pieces = grown
     return tuple(tuple(float(value) for value in piece) for piece in reversed(pieces))
+
+
+@torch.compiler.assume_constant_result
+def _constant_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
+    """`local_polynomials`, which a compiler need not look into."""
+    return local_polynomials(degree)
 
 
 def _times_linear(polynomial: list[Fraction], constant: Fraction, slope: Fraction) -> list[Fraction]:

@@ -45,6 +45,10 @@ class Fourier(RangeBasis):
             sines.append(s * cosines[0] + c * sines[0])
         return cosines, sines
 
+    def nested_members(self, grid_size: int) -> list[int]:
+        """Which members of the basis with a larger `grid_size` on the same range are the members of this one, in order."""
+        return [*range(self.grid_size), *range(grid_size, grid_size + self.grid_size)]
+
     def sympy_members(self, x, lo, hi):
         from sympy import cos, pi, sin
 

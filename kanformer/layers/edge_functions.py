@@ -59,7 +59,7 @@ class EdgeFunctions(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.channels)
-        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, start=self.base(x))
+        return edge_functions(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, base=self.base)
 
     def spline(self, x: Tensor) -> Tensor:
         """The learned part alone, (..., channels)."""

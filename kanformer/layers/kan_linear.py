@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kanformer.bases import make_basis
 from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
 from kanformer.layers.grids import GridModule, check_input, check_sizes
-from kanformer.ops import base_linear, full_edges
+from kanformer.ops import full_edges, kan_linear
 
 _NOISE_SHARE = 0.01  # of the variance of a fresh map
 
@@ -71,8 +71,7 @@ class KANLinear(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)
-        start = base_linear(x, self.base, self.kan_base_weight, self.kan_bias)
-        return full_edges(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, start=start)
+        return kan_linear(x, self.base, self.kan_base_weight, self.kan_bias, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
 
     def spline(self, x: Tensor) -> Tensor:
         """The sum of the learned parts alone, (..., out_features)."""

@@ -68,6 +68,9 @@ def wants_compiled(x: Tensor, training: bool) -> bool:
     return backend == "compile" or (training and x.numel() >= _LARGE)
 
 
+# One pass over the data whatever the formulas' length: what a member is made of is computed again rather than kept.
+_OPTIONS = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
+
 _numbers = itertools.count()
 
 
@@ -78,7 +81,7 @@ def _compiled(function: Callable, *settings: Any) -> Callable:
 
     # Dynamo counts recompilations per code object and gives up after a few: every basis needs one of its own.
     own = call.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    return torch.compile(types.FunctionType(own, call.__globals__, own.co_name, None, call.__closure__), dynamic=True)
+    return torch.compile(types.FunctionType(own, call.__globals__, own.co_name, None, call.__closure__), dynamic=True, options=_OPTIONS)
 
 
 def run(function: Callable, tensors: tuple, settings: tuple, compiled: bool) -> Any:

@@ -8,9 +8,9 @@ from torch import Tensor
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis, sum_up
 from kanformer.ops.backend import run, wants_compiled
-from kanformer.ops.plain import needs_gradient, plain_wanted, without_autocast
+from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_full_edges, work_dtype
-from kanformer.ops.registration import register_gradients
+from kanformer.ops.registration import direct_function, register_gradients
 from kanformer.ops.spline_planes import SplinePlanes
 from kanformer.ops.uniform import chunk_rows, has_table
 
@@ -21,31 +21,36 @@ def full_edges(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: Tenso
         coef = coef.to(torch.get_autocast_dtype(x.device.type))
     if plain_wanted():
         return reference_full_edges(x, coef, grid, basis, inner, start)
-    return _full_edges(x, start, coef, grid, inner, basis.spec, needs_gradient(x, start, coef, inner))
+    training = needs_gradient(x, start, coef, inner)
+    if operators_wanted(x):
+        return _full_edges(x, start, coef, grid, inner, basis.spec, training)
+    return _direct(x, start, coef, grid, inner, basis.spec, training, None)
 
 
-@torch.library.custom_op("kanformer::full_edges", mutates_args=())
-def _full_edges(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool) -> Tensor:
+def _forward(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool, base: None = None) -> Tensor:
+    shape = (*x.shape[:-1], coef.shape[0])
+    if start is None:
+        y = torch.empty(shape, dtype=coef.dtype, device=x.device)
+    else:
+        y = start.to(coef.dtype, copy=True).reshape(shape).contiguous()
+    add_splines(y, x, coef, grid, inner, spec, training, fresh=start is None)
+    return y.to(x.dtype if start is None else start.dtype)
+
+
+def add_splines(y: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, training: bool, fresh: bool = False) -> None:
+    """y (..., out), contiguous and in the dtype of coef, += the learned functions of x (..., in); `fresh`: they replace what is there."""
     with without_autocast(x):
-        flat = x.reshape(-1, x.shape[-1])
-        outputs = coef.shape[0]
-        matrix = coef.reshape(outputs, -1).t()
-        y = torch.empty(flat.shape[0], outputs, dtype=coef.dtype, device=x.device)
-        base = None if start is None else start.reshape(-1, outputs).to(coef.dtype)
+        flat, outputs = x.reshape(-1, x.shape[-1]), coef.shape[0]
+        total, matrix = y.view(-1, outputs), coef.reshape(outputs, -1).t()
         planes = _planes(x, grid, inner, spec, wants_compiled(x, training))
         for rows in planes.chunks(flat.shape[0]):
-            values = planes.values(flat[rows], coef.dtype)
-            if base is None:
-                torch.mm(values, matrix, out=y[rows])
-            else:
-                torch.addmm(base[rows], values, matrix, out=y[rows])
-        return y.to(x.dtype if start is None else start.dtype).view(*x.shape[:-1], outputs)
+            total[rows].addmm_(planes.values(flat[rows], coef.dtype), matrix, beta=0 if fresh else 1)
 
 
-@torch.library.custom_op("kanformer::full_edges_backward", mutates_args=())
-def _full_edges_backward(
-    grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool
+def spline_gradients(
+    grad: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, spec: str, needs_x: bool, needs_coef: bool, base: None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, coef and inner for `grad` (..., out); empty tensors for those that are not needed."""
     with without_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, coef.shape[0]).to(coef.dtype)
@@ -53,26 +58,45 @@ def _full_edges_backward(
         planes = _planes(x, grid, inner, spec, wants_compiled(x, True))
         grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
         # bf16 sums over many chunks would lose the small ones, so they are added up in the working dtype.
-        grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=dtype, device=x.device)
+        grad_coef: Tensor | None = None
         grad_inner = torch.zeros((0,) if inner is None else inner.shape, dtype=dtype, device=x.device)
         for rows in planes.chunks(flat.shape[0]):
             if needs_coef:
-                values = planes.values(flat[rows], coef.dtype)
-                if coef.dtype == dtype:
-                    grad_coef.addmm_(grad[rows].t(), values)
-                else:
-                    grad_coef += torch.mm(grad[rows].t(), values)
+                grad_coef = _added(grad_coef, grad[rows].t(), planes.values(flat[rows], coef.dtype), dtype)
             if needs_x or inner is not None:
                 piece, part = planes.gradients(flat[rows], torch.mm(grad[rows], matrix))
                 if needs_x:
                     grad_x[rows] = piece
                 if inner is not None:
                     grad_inner += part
+        if grad_coef is None:
+            grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=coef.dtype, device=x.device)
         return (
             grad_x.view(x.shape) if needs_x else grad_x,
             grad_coef.to(coef.dtype).view(coef.shape) if needs_coef else coef.new_empty(0),
             grad_inner.to(coef.dtype if inner is None else inner.dtype),
         )
+
+
+_full_edges = torch.library.custom_op(
+    "kanformer::full_edges",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? start, Tensor coef, Tensor grid, Tensor? inner, str spec, bool training) -> Tensor",
+)
+_full_edges_backward = torch.library.custom_op(
+    "kanformer::full_edges_backward",
+    spline_gradients,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor coef, Tensor grid, Tensor? inner, str spec, bool needs_x, bool needs_coef) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, in `dtype`."""
+    if total is None:
+        return torch.mm(left, right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(torch.mm(left, right))
 
 
 class _ElementwisePlanes:
@@ -102,7 +126,7 @@ def _plane_values(x: Tensor, constants: Tensor, basis: Basis, dtype: torch.dtype
 
 def _plane_gradients(x: Tensor, grad_members: Tensor, constants: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
     x = x.to(constants.dtype)
-    total = sum_up(grad_members[:, c] * slope for c, slope in enumerate(basis.plane_slopes(x, constants)))
+    total = basis.slope(x, grad_members.unbind(1), constants)
     if not basis.n_inner:
         return total, total.new_zeros(0)
     value = sum_up(grad_members[:, c] * plane for c, plane in enumerate(basis.planes(x, constants)))
@@ -122,3 +146,4 @@ def _(x, start, coef, grid, inner, spec, training):
 
 
 register_gradients(_full_edges, _full_edges_backward, reference_full_edges)
+_direct = direct_function(_forward, spline_gradients, reference_full_edges)

@@ -10,6 +10,11 @@ def plain_wanted() -> bool:
     return torch.compiler.is_exporting() or _in_functorch()
 
 
+def operators_wanted(x: torch.Tensor) -> bool:
+    """Where something other than autograd looks at the call (a compiler, tensors without data, tensor subclasses), it must see one operator."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.is_meta
+
+
 def _in_functorch() -> bool:
     if torch.compiler.is_compiling():
         return False
