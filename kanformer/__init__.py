@@ -24,7 +24,11 @@ _PUBLIC = {
     "unpatch_model": "kanformer.surgery.restore",
     "use_backend": "kanformer.ops",
     "calibrate": "kanformer.surgery.calibrate",
+    "regularize": "kanformer.conversion.regularize",
     "compare": "kanformer.surgery.compare",
+    "update_grids": "kanformer.surgery.grids",
+    "refine_grids": "kanformer.surgery.grids",
+    "outside_fractions": "kanformer.surgery.grids",
     "collect": "kanformer.interpret",
     "plot_layer": "kanformer.interpret",
     "plot_model": "kanformer.interpret",
@@ -35,6 +39,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from kanformer.config import KANConfig
+    from kanformer.conversion.regularize import regularize
     from kanformer.errors import KanformerError
     from kanformer.interpret import collect, plot_layer, plot_model
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare
+    from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
     from kanformer.surgery.plan import plan_surgery
     from kanformer.surgery.restore import unpatch_model
     from kanformer.surgery.spec import FFNSpec

@@ -52,6 +52,12 @@ _COMMANDS = {
         "kanformer plot gpt2-kan --out figures --text text.txt",
         "model",
     ),
+    "benchmark": Command(
+        "time KAN-FFNs against the MLP that was there",
+        "kanformer.benchmark.run:BenchmarkArguments",
+        "kanformer.benchmark.run:benchmark",
+        "kanformer benchmark --section ffn",
+    ),
     "demo": Command("the whole job on a real checkpoint", "kanformer.demo.settings:DemoArguments", "kanformer.demo.run:demo", "kanformer demo"),
 }
 

@@ -42,6 +42,9 @@ class Basis(ABC):
     n_inner: ClassVar[int] = 0
     unbounded: ClassVar[bool] = False  # members that are meant for all x: nothing to extrapolate
 
+    def __post_init__(self) -> None:
+        """Where a subclass prepares what its formulas read."""
+
     @property
     def spec(self) -> str:
         """The basis as text: what `bases.basis_of` reads, and what the operators are told."""

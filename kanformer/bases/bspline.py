@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,10 @@ class BSpline(Basis):
 
     name = "bspline"
     source = "Liu et al. 2024, KAN: Kolmogorov-Arnold Networks, arXiv 2404.19756, section 2.2; de Boor 1978, chapter IX"
+
+    def __post_init__(self) -> None:
+        for degree in range(max(0, self.spline_order - 1), self.spline_order + 1):
+            local_polynomials(degree)
 
     @property
     def n_basis(self) -> int:
@@ -171,7 +174,7 @@ class _Place:
 
 def _local_members(u: Tensor, degree: int) -> list[Tensor]:
     """The degree + 1 members that are not 0 on a cell of uniform knots, from the left, at the position u in it; nan where u is."""
-    mirrored, factors = 1 - u, _constant_polynomials(degree)
+    mirrored, factors = 1 - u, _POLYNOMIALS[degree]
     right = [_polynomial(factors[r], u) for r in range(degree // 2 + 1, degree + 1)]
     left = [_polynomial(factors[degree - r], mirrored) for r in range(degree // 2 + 1)]
     return left + right
@@ -223,7 +226,9 @@ def _cox_de_boor(x: Tensor, grid: Tensor, degree: int) -> Tensor:
     return members
 
 
-@functools.cache
+_POLYNOMIALS: dict[int, tuple[tuple[float, ...], ...]] = {}  # filled when a basis is made: a compiler that follows the formulas finds numbers here
+
+
 def local_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
     """The degree+1 B-splines that live on one cell of a uniform grid, as polynomials of the position u in [0, 1).
 
@@ -231,6 +236,12 @@ def local_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
         (degree+1, degree+1): row r, column p is the factor of u^p in the r-th member from the left. Exact
         rationals rounded once; row sums over r give the polynomial 1.
     """
+    if degree not in _POLYNOMIALS:
+        _POLYNOMIALS[degree] = _polynomials(degree)
+    return _POLYNOMIALS[degree]
+
+
+def _polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
     pieces: list[list[Fraction]] = [[Fraction(1)]]  # pieces[i]: the spline on its i-th cell, ascending powers of u
     for k in range(1, degree + 1):
         zero = [Fraction(0)] * k
@@ -242,12 +253,6 @@ def local_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
             grown.append([a + b for a, b in zip(rising, falling, strict=True)])
         pieces = grown
     return tuple(tuple(float(value) for value in piece) for piece in reversed(pieces))
-
-
-@torch.compiler.assume_constant_result
-def _constant_polynomials(degree: int) -> tuple[tuple[float, ...], ...]:
-    """`local_polynomials`, which a compiler need not look into."""
-    return local_polynomials(degree)
 
 
 def _times_linear(polynomial: list[Fraction], constant: Fraction, slope: Fraction) -> list[Fraction]:

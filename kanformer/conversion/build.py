@@ -12,9 +12,9 @@ from kanformer.conversion.statistics import FFNStatistics
 from kanformer.conversion.widths import mlp_parameters, width_within
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
+from kanformer.layers.density import warn_outside
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.feed_forward import copy_linear
-from kanformer.layers.kan_linear import KANLinear
 
 
 def hidden_width(dense: DenseFFN, config: KANConfig) -> int:
@@ -105,14 +105,15 @@ def _group_order(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor)
 
 
 def _set_grids(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor, config: KANConfig) -> None:
-    """Moves every grid to the range of the data that reaches it; the splines are still zero."""
+    """Moves every grid to the range of the data that reaches it; the splines are still zero. Warns where more than 5 % of the values lie outside."""
+    everything = torch.arange(block.in_features, device=keep.device)
     for name, module in block.spline_modules():
-        if name in ("kan_up", "kan_gate"):
-            lo, hi = statistics.inputs.grid_range(config.grid_range)
-        else:
-            source = statistics.hidden if name == "kan_down" and block.gated else statistics.preactivations
-            lo, hi = (bound[keep] for bound in source.grid_range(config.grid_range))
-        if isinstance(module, EdgeFunctions) and module.groups < module.channels:
-            lo, hi = lo.view(module.groups, -1).amin(1), hi.view(module.groups, -1).amax(1)
-        assert isinstance(module, EdgeFunctions | KANLinear)
+        source, channels = (statistics.inputs, everything) if name in ("kan_up", "kan_gate") else (statistics.preactivations, keep)
+        if name == "kan_down" and block.gated:
+            source = statistics.hidden
+        lo, hi = (bound[channels] for bound in source.grid_range(config.grid_range))
+        rows = module.kan_grid.shape[0]
+        lo, hi = lo.view(rows, -1).amin(1), hi.view(rows, -1).amax(1)
         module.set_grid_range(lo, hi)
+        lo, hi = (bound.to(channels.device).repeat_interleave(len(channels) // rows) for bound in module.grid_bounds)
+        warn_outside(f"{statistics.name}.{name}", float(source.sample.outside(lo, hi, channels).mean()))

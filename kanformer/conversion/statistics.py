@@ -6,36 +6,54 @@ import torch
 from torch import Tensor
 
 from kanformer.conversion.dense import DenseFFN
+from kanformer.conversion.processes import reduced
+from kanformer.conversion.sample import RowSample
 from kanformer.errors import DataError
+from kanformer.layers.density import data_range, fill_constant
 
 
 class ChannelRange:
-    """Count, mean, variance, minimum and maximum of each channel, in float64."""
+    """Count, mean, variance, minimum and maximum of each channel, in float64, and a sample of the rows."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.sample = RowSample()
 
     def update(self, x: Tensor) -> None:
         """Adds the rows of x (tokens, channels)."""
         if self.count == 0:
-            zeros = x.new_zeros(x.shape[1], dtype=torch.float64)
-            self.total, self.squares = zeros, zeros.clone()
-            self.low, self.high = zeros + float("inf"), zeros - float("inf")
+            self._start(x.shape[1], x.device)
+        self.sample.add(x)
         self.count += x.shape[0]
         self.total += x.sum(0, dtype=torch.float64)
         self.squares += x.double().square().sum(0)
         low, high = torch.aminmax(x, dim=0)
         self.low, self.high = torch.minimum(self.low, low.double()), torch.maximum(self.high, high.double())
 
+    def all_reduce(self, channels: int, device: torch.device) -> None:
+        """Adds the rows of all other processes, also where none came here."""
+        if self.count == 0:
+            self._start(channels, device)
+        self.sample.all_reduce(channels, device)
+        self.count = int(reduced(torch.tensor(self.count)))
+        self.total, self.squares = reduced(self.total), reduced(self.squares)
+        self.low, self.high = reduced(self.low, "min"), reduced(self.high, "max")
+
     def grid_range(self, default: tuple[float, float], sigmas: float = 4.0) -> tuple[Tensor, Tensor]:
-        """(lo, hi), each (channels,): mean +- `sigmas` standard deviations, cut to what was seen; `default` where a channel is constant."""
+        """(lo, hi), each (channels,): mean +- `sigmas` standard deviations, cut to what was seen.
+
+        Where a channel is constant: `default`, moved so that its middle is the value if it does not hold the value.
+        """
         mean = self.total / self.count
-        spread = (self.squares / self.count - mean.square()).clamp_(min=0).sqrt()
-        lo, hi = torch.maximum(self.low, mean - sigmas * spread), torch.minimum(self.high, mean + sigmas * spread)
-        constant = hi - lo <= 1e-6 * (1 + mean.abs())
-        lo = torch.where(constant, torch.full_like(lo, default[0]), lo)
-        hi = torch.where(constant, torch.full_like(hi, default[1]), hi)
+        deviation = (self.squares / self.count - mean.square()).clamp_(min=0).sqrt()
+        lo, hi = data_range(mean, deviation, self.low, self.high, sigmas)
+        lo, hi = fill_constant(lo, hi, torch.full_like(lo, default[0]), torch.full_like(hi, default[1]))
         return lo.float(), hi.float()
+
+    def _start(self, channels: int, device: torch.device) -> None:
+        self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.squares = self.total.clone()
+        self.low, self.high = self.total + torch.inf, self.total - torch.inf
 
 
 class FFNStatistics:
@@ -83,6 +101,15 @@ class FFNStatistics:
             if self.gram is None:
                 self.gram = wide.new_zeros(wide.shape[1], wide.shape[1])
             _add_upper_gram(self.gram, wide)
+
+    def all_reduce(self, dense: DenseFFN) -> None:
+        """Makes them the statistics of all processes' data, the same bits on each; `dense` is the block, for its sizes."""
+        device, hidden = dense.up_weight.device, dense.hidden_features
+        for ranges, channels in ((self.inputs, dense.in_features), (self.preactivations, hidden), (self.hidden, hidden)):
+            ranges.all_reduce(channels, device)
+        if self.keep_gram:
+            self.gram = reduced(torch.zeros(hidden, hidden, dtype=torch.float64, device=device) if self.gram is None else self.gram)
+        self.eliminated.clear()
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """(covariance (h, h), mean (h,)) of the hidden channels, in float64."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from kanformer.conversion.histogram import ChannelStats
+
 # Not lazily: a lazy `collect` would be hidden by the submodule of that name once something imports it.
 from kanformer.interpret.collect import LayerStats, collect
-from kanformer.interpret.histogram import ChannelStats
 from kanformer.interpret.scores import MapScores, score_layer
 
 if TYPE_CHECKING:

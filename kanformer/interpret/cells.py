@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kanformer.conversion.histogram import ChannelStats
 from kanformer.interpret.curves import pick
-from kanformer.interpret.histogram import ChannelStats
 from kanformer.interpret.scores import MapScores
 from kanformer.layers import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear

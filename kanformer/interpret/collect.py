@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.conversion.batches import run_batches, select_tokens
+from kanformer.conversion.histogram import ChannelRecorder, ChannelStats
+from kanformer.conversion.moments import Moments
 from kanformer.errors import ConfigError, DataError
 from kanformer.interpret.blocks import all_paths, find_blocks
-from kanformer.interpret.histogram import ChannelRecorder, ChannelStats, Moments
 from kanformer.layers import EdgeFunctions, KANFeedForward
 
 

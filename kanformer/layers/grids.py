@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,16 @@ from kanformer.bases.base import Basis
 from kanformer.errors import ConfigError, ShapeError
 from kanformer.layers.base_functions import normal_quantiles
 
+if TYPE_CHECKING:
+    from kanformer.layers.density import Density
+    from kanformer.layers.regrid import GridReport
+
 
 class GridModule(nn.Module):
     """A module with `basis` and one persistent `kan_grid` (rows, grid_points), kept in float32 when the model is cast to less."""
 
     basis: Basis
+    kan_coef: nn.Parameter
     kan_grid: Tensor
     kan_inner: nn.Parameter | None
 
@@ -53,6 +59,11 @@ class GridModule(nn.Module):
         self.register_buffer("kan_grid", basis.make_grid(*ends))
 
     @property
+    def grid_channels(self) -> int:
+        """Number of input channels."""
+        return getattr(self, "channels", self.kan_grid.shape[0])
+
+    @property
     def grid_bounds(self) -> tuple[Tensor, Tensor]:
         """(lo, hi) of the grids, each (rows,)."""
         return self.basis.grid_bounds(self.kan_grid)
@@ -72,6 +83,54 @@ class GridModule(nn.Module):
             )
         grid = self.basis.make_grid(lo, hi)
         self.kan_grid.copy_(grid.to(device=self.kan_grid.device))
+
+    def update_grid(self, data: Tensor | Density, *, grid_eps: float = 0.02, margin: float = 0.01, tolerance: float | None = 1e-5) -> GridReport:
+        """Moves the grids onto the data and refits the coefficients, so that the learned functions stay what they are.
+
+        Each range becomes mean +- 4 standard deviations cut to what was seen, widened by `margin`. With knots="free" the knots inside it are
+        grid_eps * even + (1 - grid_eps) * quantiles of the data in the range, extended by k even steps. The coefficients are the least-squares
+        fit of the old functions (the spline part, extrapolation included) under the density of the data, in float64; zero stays exactly zero.
+        A row whose data are constant keeps its range, moved onto them if it does not hold them. Outside the new range the functions may change.
+        For a basis that does not read its grid (rational) only the range that figures show is moved.
+
+        Args:
+            data: samples of the input (..., channels), or a `Density`.
+            grid_eps: in (0, 1]; 1 gives even knots. Does nothing with uniform knots.
+            margin: in [0, 1], of the range's width, on each side.
+            tolerance: largest relative change of the functions over the data, see `GridReport.change`; None accepts the nearest fit.
+
+        Raises:
+            ConfigError: the fit would change the functions by more than `tolerance` (uniform splines keep, in general, only what is
+                polynomial or nests), or a wrong setting. DataError, ShapeError: unusable samples. Nothing is changed then.
+        Source: knots as in the KAN paper's code (pykan, `update_grid_from_samples`).
+        """
+        from kanformer.layers.density import Density, warn_outside
+        from kanformer.layers.regrid import plan_update
+
+        name = type(self).__name__
+        if isinstance(data, Tensor):
+            check_input(self, data, self.grid_channels)
+            data = Density.of_samples(data, self.kan_grid.shape[0])
+        report = plan_update(self, data, grid_eps=grid_eps, margin=margin, tolerance=tolerance, name=name).apply()
+        warn_outside(name, report.outside_after)
+        return report
+
+    def refine_grid(self, grid_size: int, *, tolerance: float | None = 1e-6) -> GridReport:
+        """Gives the functions a finer grid over the same range: `kan_coef` becomes a new parameter, so an optimizer must be made again.
+
+        B-splines keep their functions inside the range when `grid_size` is a multiple of the present one (beyond it they fade over k of the new,
+        smaller cells); so do Chebyshev and Fourier functions, everywhere, with any larger one. The rest is the nearest fit.
+
+        Args:
+            grid_size: G', at least the present one.
+            tolerance: largest relative change of the functions, root mean square over the range; None accepts the nearest fit.
+
+        Raises:
+            ConfigError: G' too small, no grid to refine (rational), or a change beyond `tolerance`. Nothing is changed then.
+        """
+        from kanformer.layers.regrid import plan_refinement
+
+        return plan_refinement(self, grid_size, tolerance=tolerance, name=type(self).__name__).apply()
 
     def _apply(self, fn, recurse: bool = True):
         before = self.kan_grid

@@ -69,7 +69,7 @@ def wants_compiled(x: Tensor, training: bool) -> bool:
 
 
 # One pass over the data whatever the formulas' length: what a member is made of is computed again rather than kept.
-_OPTIONS = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
+_OPTIONS: dict[str, str | int | bool | Callable] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
 
 _numbers = itertools.count()
 
@@ -91,8 +91,8 @@ def run(function: Callable, tensors: tuple, settings: tuple, compiled: bool) -> 
     # Whether a tensor is a leaf or an activation must not count as another case to compile.
     tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     try:
-        # Sizes are symbolic, one kernel for all; the basis' own integers are not, they say which kernel it is.
-        with torch._dynamo.config.patch(specialize_int=True):
+        # Sizes are symbolic, one kernel for all; the basis' own numbers are not, they say which kernel it is.
+        with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
             return _compiled(function, *settings)(*tensors)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

@@ -43,5 +43,5 @@ def _likeness(base: nn.Module) -> Hashable | None:
 
 def base_pullback(base: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
     """The gradient of x for grad * base(x)."""
-    _, pullback = torch.func.vjp(base, x)
+    pullback = torch.func.vjp(base, x)[1]
     return pullback(grad)[0]

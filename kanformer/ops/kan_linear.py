@@ -57,14 +57,13 @@ class _KANLinear(torch.autograd.Function):
         leaf = x.detach().requires_grad_(needs_x)
         with torch.enable_grad():
             hidden = ctx.base(leaf)
-        grad_x = grad_coef = grad_inner = grad_weight = None
-        if needs_x or needs_coef or needs_inner:
-            grad_x, grad_coef, grad_inner = spline_gradients(grad, x, coef, grid, inner, ctx.spec, needs_x, needs_coef)
+        grad_weight = None
+        grad_x, grad_coef, grad_inner = spline_gradients(grad, x, coef, grid, inner, ctx.spec, needs_x, needs_coef)
         if needs_weight:
             grad_weight = torch.mm(grad.t(), hidden.detach().reshape(-1, weight.shape[1]).to(grad.dtype)).to(weight.dtype)
         if needs_x:
             through = torch.mm(grad, weight.to(grad.dtype)).view(x.shape).to(hidden.dtype)
-            grad_x += through if hidden is leaf else torch.autograd.grad(hidden, leaf, through)[0]
+            grad_x = grad_x + (through if hidden is leaf else torch.autograd.grad(hidden, leaf, through)[0])
         return (
             grad_x if needs_x else None,
             grad_weight,

@@ -10,6 +10,7 @@ from torch import nn
 
 from kanformer.conversion import FFNStatistics
 from kanformer.conversion.batches import run_batches, select_tokens
+from kanformer.conversion.processes import several, together
 from kanformer.errors import ConfigError, DataError
 from kanformer.surgery.discover import find_sites
 from kanformer.surgery.sites import Site
@@ -43,6 +44,8 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: bool = True, specs: Sequence[FFNSpec] | None = None) -> Calibration:
     """Gathers, in one streaming pass, what `patch_model(model, calibration=...)` needs to know of the data.
 
+    Under torch.distributed all processes must call it, each with its own share of the data: each gets the statistics of all of it.
+
     Args:
         model: an unpatched model; it is left as it was.
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
@@ -58,6 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: b
 
 def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[str, Any]], *, gram: bool) -> dict[str, FFNStatistics]:
     """One streaming pass, in eval mode and without gradients; the model is afterwards as before.
+
+    Under torch.distributed all processes must call it, each with its own share of the data: each gets the statistics of all of it.
 
     Args:
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
@@ -83,10 +88,13 @@ def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterabl
 
     handles = [watch(site) for site in sites]
     try:
-        run_batches(model, batches, batch)
+        together("calibrate", lambda: run_batches(model, batches, batch))
     finally:
         for handle in handles:
             handle.remove()
+    if several():
+        for site in sites:
+            statistics[site.path].all_reduce(site.dense())
     empty = [path for path, gathered in statistics.items() if gathered.tokens == 0]
     if empty:
         raise DataError("calibrate", subject=", ".join(empty[:4]), got="no tokens", hint="The batches are empty, fully masked, or never reach these blocks.")

@@ -127,8 +127,16 @@ def get_record(model: nn.Module, action: str) -> PatchRecord:
     Raises:
         SurgeryError: the model is not patched.
     """
+    record = find_record(model)[1]
+    if record is not None:
+        return record
+    raise SurgeryError(action, subject=type(model).__name__, got="a model that is not patched", hint="Call kanformer.patch_model(model) first.")
+
+
+def find_record(model: nn.Module) -> tuple[nn.Module | None, PatchRecord | None]:
+    """(the model or the part of it that was patched, its record), or (None, None)."""
     for module in model.modules():
         record = module.__dict__.get(_ATTRIBUTE)
         if record is not None:
-            return record
-    raise SurgeryError(action, subject=type(model).__name__, got="a model that is not patched", hint="Call kanformer.patch_model(model) first.")
+            return module, record
+    return None, None

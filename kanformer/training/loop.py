@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
 from kanformer.surgery.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
@@ -152,9 +153,9 @@ class Trainer:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
-                loss, metrics = self.module(batch)
+                objective, loss, metrics = self._objective(batch, counts[number])
                 # DDP averages gradients over processes, so each adds its share of the global mean times their number.
-                accelerator.backward(loss * (accelerator.num_processes / total).to(loss.dtype))
+                accelerator.backward(objective * (accelerator.num_processes / total).to(loss.dtype))
             names = ["loss", *metrics]
             values = torch.stack([loss.detach().double(), *(metric.detach().double() for metric in metrics.values())])
             sums = values if sums is None else sums + values
@@ -171,6 +172,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return reduced[0], dict(zip(names[1:], reduced[1:-1], strict=True)), float(total), int(reduced[-1])
+
+    def _objective(self, batch: dict[str, Tensor], items: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(what is minimised, its summed loss, summed metrics): the penalty on the functions counts once per item, to be averaged as the loss is."""
+        arguments = self.arguments
+        l1, entropy, smoothness = arguments.kan_l1, arguments.kan_entropy, arguments.kan_smoothness
+        if not (l1 or entropy or smoothness):
+            loss, metrics = self.module(batch)
+            return loss, loss, metrics
+        with regularize(self.task.module, l1=l1, entropy=entropy, smoothness=smoothness) as penalty:
+            loss, metrics = self.module(batch)
+            objective = loss + penalty() * items.to(loss.dtype)
+        return objective, loss, {**metrics, **{f"kan_{name}": value * items for name, value in penalty.values.items()}}
 
     def _evaluate(self) -> dict[str, float]:
         self.module.eval()

@@ -1,4 +1,4 @@
-"""Streaming statistics of channels whose range is not known in advance: moments, and histograms with growing tails."""
+"""Streaming histograms of channels whose range is not known in advance: equal bins around the bulk, growing tails beyond."""
 
 from __future__ import annotations
 
@@ -7,45 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kanformer.conversion import processes
+from kanformer.conversion.bins import common_bins, redistributed
+from kanformer.conversion.moments import Moments
+from kanformer.layers.density import Density, data_range
+
 CORE_BINS = 64
 TAIL_STEPS = 4  # bins in which the distance from the core doubles
 TAIL_BINS = 24 * TAIL_STEPS  # on each side: they reach 2^18 core ranges
 PILOT_TOKENS = 256
 _PILOT_LIMIT = 4096
 _CHUNK_ELEMENTS = 2**20
-
-
-class Moments:
-    """Count, mean, sum of squared deviations, least and greatest value per channel, merged batch by batch in float64.
-
-    Source: Chan, Golub, LeVeque 1979, updating formulae for sample variances.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.count, self.channels = 0, channels
-        self.mean = self.deviations = torch.zeros(channels, dtype=torch.float64)
-        self.minimum = torch.full((channels,), torch.inf, dtype=torch.float64)
-        self.maximum = -self.minimum
-
-    def add(self, rows: Tensor) -> None:
-        """Takes in rows (tokens, channels), tokens >= 1."""
-        rows = rows.double()
-        count, mean = rows.shape[0], rows.mean(0)
-        deviations = (rows - mean).square_().sum(0)
-        least, greatest = rows.aminmax(dim=0)
-        if self.count:
-            shift = mean - self.mean
-            total = self.count + count
-            deviations += self.deviations + shift.square() * (self.count * count / total)
-            mean = self.mean + shift * (count / total)
-            least, greatest = torch.minimum(least, self.minimum), torch.maximum(greatest, self.maximum)
-        self.count += count
-        self.mean, self.deviations, self.minimum, self.maximum = mean, deviations, least, greatest
-
-    @property
-    def variance(self) -> Tensor:
-        """Population variance, (channels,)."""
-        return self.deviations / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -82,8 +54,21 @@ class ChannelStats:
         """(nodes, probabilities), each (groups, bins): the mean value in each bin and the fraction of tokens there, pooled over a group's channels."""
         counts, sums = (value.view(self.groups, -1, value.shape[1]).sum(1) for value in (self.counts, self.sums))
         centres = (self.edges[:, 1:] + self.edges[:, :-1]) / 2
-        nodes = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+        nodes = torch.where(counts > 0, sums / counts.clamp(min=1e-300), centres)  # merging leaves fractions in bins
         return nodes, counts / counts.sum(1, keepdim=True).clamp(min=1)
+
+    def as_density(self) -> Density:
+        """What a grid update needs to know: a node per bin, or four across a bin whose neighbours hold values too, for the values are dense there."""
+        nodes, weights = self.density()
+        room = torch.minimum(nodes - self.edges[:, :-1], self.edges[:, 1:] - nodes).clamp(min=0)
+        filled = torch.nn.functional.pad(weights > 0, (1, 1))
+        room = torch.where(filled[:, :-2] & filled[:, 2:], room, 0.0)
+        nodes = (nodes.unsqueeze(-1) + room.unsqueeze(-1) * nodes.new_tensor([-0.75, -0.25, 0.25, 0.75])).flatten(1)
+        nodes = nodes.cummax(1).values  # merged bins may overlap by a part of their width
+        weights = weights.repeat_interleave(4, 1) / 4
+        lo, hi = data_range(self.mean, self.variance.sqrt(), self.minimum, self.maximum)
+        lo, hi = lo.view(self.groups, -1).amin(1), hi.view(self.groups, -1).amax(1)
+        return Density(nodes, weights, lo, hi, self.count, float(self.outside.mean()))
 
     def quantile(self, fraction: float) -> Tensor:
         """The value below which this fraction of a group's tokens lies, (groups,), linear inside a bin, never beyond what was seen."""
@@ -115,7 +100,7 @@ class ChannelRecorder:
         self.moments = Moments(channels)
         self.outside = torch.zeros(channels, dtype=torch.float64, device=lo.device)
         self.pilot: list[Tensor] | None = []
-        self.first = self.width = torch.zeros(groups)
+        self.first = self.width = torch.zeros(groups, device=lo.device)
         bins = channels * (CORE_BINS + 2 * TAIL_BINS)
         self.counts = torch.zeros(bins, dtype=torch.int64, device=lo.device)
         self.sums = torch.zeros(bins, dtype=torch.float64, device=lo.device)
@@ -132,13 +117,56 @@ class ChannelRecorder:
             if self.moments.count >= PILOT_TOKENS:
                 self._end_pilot()
 
+    def merge(self, other: ChannelRecorder) -> None:
+        """Takes in what another recorder of as many channels and groups saw; that one is used up.
+
+        The bins become `common_bins` of both; a bin that two new ones share is divided between them evenly.
+        """
+        self._settle()
+        other._settle()
+        firsts, widths = torch.stack([self.first.double(), other.first.double()]), torch.stack([self.width.double(), other.width.double()])
+        for recorder in (self, other):
+            recorder._rebin(*common_bins(firsts, widths, CORE_BINS))
+        self.moments.merge(other.moments)
+        for name in ("outside", "counts", "sums"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.pilot = None if self.moments.count else []
+
+    def all_reduce(self) -> None:
+        """Takes in what the recorders of all other processes saw, the same bits on each, also where nothing came here."""
+        if not processes.several():
+            return
+        self._settle()
+        self._rebin(*common_bins(processes.gathered(self.first.double()), processes.gathered(self.width.double()), CORE_BINS))
+        self.moments.all_reduce()
+        for name in ("outside", "counts", "sums"):
+            setattr(self, name, processes.reduced(getattr(self, name).double()))
+        self.pilot = None if self.moments.count else []
+
     def finish(self) -> ChannelStats:
         """The statistics, on the CPU."""
-        if self.pilot:
-            self._end_pilot()
+        self._settle()
         moments, shape = self.moments, (self.channels, -1)
         values = (moments.mean, moments.variance, moments.minimum, moments.maximum, self.outside / max(1, moments.count), self._edges())
         return ChannelStats(moments.count, *(value.double().cpu() for value in (*values, self.counts.view(shape), self.sums.view(shape))))
+
+    def _settle(self) -> None:
+        if self.pilot:  # however few tokens it has
+            self._end_pilot()
+
+    def _rebin(self, first: Tensor, width: Tensor) -> None:
+        """Moves what was counted to bins with a core of 64 times `width` (groups,) from `first` on."""
+        if torch.equal(first, self.first.double()) and torch.equal(width, self.width.double()):
+            return
+        old, self.first, self.width = self._edges(), first, width
+        if not self.moments.count:
+            return
+        new, bins = self._edges(), old.shape[1] - 1
+        right = torch.searchsorted(old, new).clamp(1, bins)
+        left = old.gather(1, right - 1)
+        part = ((new - left) / (old.gather(1, right) - left)).clamp(0, 1)
+        right, part = (value.repeat_interleave(self.repeats, 0).to(self.counts.device) for value in (right, part))
+        self.counts, self.sums = redistributed(self.counts.view(-1, bins), self.sums.view(-1, bins), right, part)
 
     def _end_pilot(self) -> None:
         rows = torch.cat(self.pilot or [])
