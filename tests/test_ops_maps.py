@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from kanformer import use_backend
+from kanformer.errors import ConfigError
 from kanformer.layers.base_functions import FunctionModule, base_function
 from kanformer.ops import edge_functions, kan_linear, reference_full_edges
 from kanformer.ops.fused_base import fused_base
@@ -114,3 +117,10 @@ def test_hooks_on_a_base_still_run_when_kernels_are_compiled():
     with use_backend("compile"):
         edge_functions(x.requires_grad_(), coef, grid, basis, base=base)
     assert seen == [x.shape]
+
+
+def test_triton_where_it_cannot_run_is_an_error_that_says_why():
+    x, _, coef, grid, _, basis = problem("edge_functions", {"basis": "bspline"}, channels=8, tokens=16, dtype=torch.float32)
+    reason = "one on a GPU" if importlib.util.find_spec("triton") else "pip install triton"
+    with use_backend("triton"), pytest.raises(ConfigError, match=reason):
+        edge_functions(x, coef, grid, basis)

@@ -3,6 +3,7 @@ which has to be chosen before triton is imported. By hand: TRITON_INTERPRET=1 py
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from kanformer import KANConfig, KANFeedForward, use_backend
 from kanformer.bases import make_basis
 from kanformer.ops.reference import reference_edge_functions, reference_full_edges
 from kanformer.ops.triton_kernels import (
@@ -267,6 +269,28 @@ def test_nan_and_infinity_give_what_the_reference_gives_and_do_not_spread(basis,
     assert torch.equal(channels, lost)
     assert torch.equal(grad_x.isnan().cpu(), q.x.isnan() if basis.n_inner == 0 else ~q.x.isfinite())
     assert all(torch.equal(rows.isnan().cpu().any(1), lost) for rows in grad_inner)
+
+
+@pytest.mark.parametrize("basis", ["bspline", "rational", "rbf"])
+@pytest.mark.parametrize("edges", ["shared", "full"])
+def test_a_block_on_this_backend_is_the_eager_block(edges, basis):
+    """Through the modules; a basis without kernels goes the compiled way."""
+    block = KANFeedForward(12, 20, gated=True, config=KANConfig(edges=edges, basis=basis, grid_size=4)).to(DEVICE)
+    for parameter in block.spline_parameters():
+        torch.nn.init.normal_(parameter)
+    x, exact = torch.randn(2, 9, 12, device=DEVICE), copy.deepcopy(block).double()
+
+    def results(module, x):
+        x = x.clone().requires_grad_()
+        y = module(x)
+        return y.detach(), *torch.autograd.grad(y.square().mean(), [x, *module.parameters()])
+
+    with use_backend("triton"):
+        found = results(block, x)
+    with use_backend("eager"):
+        wanted = results(exact, x.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert (got.double() - want).norm() <= 1e-5 * max(1.0, want.norm())
 
 
 def test_which_bases_are_supported():

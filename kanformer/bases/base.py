@@ -42,7 +42,7 @@ class Basis(ABC):
     n_inner: ClassVar[int] = 0
     unbounded: ClassVar[bool] = False  # members that are meant for all x: nothing to extrapolate
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027
         """Where a subclass prepares what its formulas read."""
 
     @property

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kanformer.bases.base import Basis
 from kanformer.errors import ConfigError, did_you_mean
 
-BACKENDS = ("auto", "eager", "compile")
+BACKENDS = ("auto", "eager", "compile", "triton")
 VARIABLE = "KANFORMER_BACKEND"
 
 # A compiler costs seconds, once per process and basis: small inputs and passes without gradients never wait for it.
@@ -29,7 +30,9 @@ _broken: list[str] = []
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, operators run by `name`: "auto", "eager" (no compiler) or "compile" (whatever the size).
+    """Within the block, operators run by `name`: "auto", "eager" (no compiler), "compile" (whatever the size) or "triton".
+
+    "triton" is for GPUs: kernels of our own for B-splines on uniform knots and rational functions; other bases are compiled.
 
     Outside, the environment variable KANFORMER_BACKEND says it; without it, "auto": inputs of a quarter of a million numbers
     and more are compiled where gradients are recorded. The choice depends on nothing else, so that a run that is resumed, or a
@@ -65,23 +68,63 @@ def wants_compiled(x: Tensor, training: bool) -> bool:
     backend = current_backend()
     if backend == "eager" or _broken or x.numel() == 0 or x.dtype == torch.float64:
         return False
-    return backend == "compile" or (training and x.numel() >= _LARGE)
+    return backend in ("compile", "triton") or (training and x.numel() >= _LARGE)
 
 
 # One pass over the data whatever the formulas' length: what a member is made of is computed again rather than kept.
 _OPTIONS: dict[str, str | int | bool | Callable] = {"realize_opcount_threshold": 10_000, "realize_reads_threshold": 1_000, "realize_acc_reads_threshold": 1_000}
 
+
+def triton_kernels(x: Tensor, basis: Basis) -> Any:
+    """The package of Triton kernels if they were asked for and know this basis, or None.
+
+    Raises:
+        ConfigError: they were asked for where they cannot run.
+    """
+    if current_backend() != "triton":
+        return None
+    try:
+        from kanformer.ops import triton_kernels as kernels
+    except ImportError as error:
+        raise ConfigError("use the triton backend", got=str(error), hint="pip install triton, or choose another backend.") from error
+    if x.device.type != "cuda" and not kernels.INTERPRETED:
+        raise ConfigError("use the triton backend", got=f"a tensor on {x.device}", expected="one on a GPU", hint="Choose auto, eager or compile for the CPU.")
+    return kernels if kernels.supports(basis) else None
+
+
 _numbers = itertools.count()
 
 
 @functools.cache
-def _compiled(function: Callable, *settings: Any) -> Callable:
+def _compiled(function: Callable, signature: tuple, *settings: Any) -> Callable:
+    """A compiled `function(*tensors, *settings)` for tensors of one kind; sizes are symbolic, so that one kernel serves all."""
+
     def call(*tensors):
         return function(*tensors, *settings)
 
-    # Dynamo counts recompilations per code object and gives up after a few: every basis needs one of its own.
+    # Dynamo counts recompilations per code object and gives up after a few: every kind needs one of its own.
     own = call.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    return torch.compile(types.FunctionType(own, call.__globals__, own.co_name, None, call.__closure__), dynamic=True, options=_OPTIONS)
+    compiled = torch.compile(types.FunctionType(own, call.__globals__, own.co_name, None, call.__closure__), dynamic=True, options=_OPTIONS)
+    made = False
+
+    def first(*tensors):
+        nonlocal made
+        if made:
+            return compiled(*tensors)
+        from torch.fx.experimental import _config as shapes
+
+        # The basis' own numbers are no sizes, they say which kernel it is; sizes that are alike today need not be so tomorrow.
+        with torch._dynamo.config.patch(specialize_int=True, specialize_float=True), shapes.patch(use_duck_shape=False):
+            found = compiled(*tensors)
+        made = True
+        return found
+
+    return first
+
+
+def _kind(tensor: Tensor | None) -> tuple | None:
+    """What a kernel is made for; compilers treat sizes of 0 and 1 as cases of their own."""
+    return None if tensor is None else (tensor.dtype, tensor.device, *(min(size, 2) for size in tensor.shape))
 
 
 def run(function: Callable, tensors: tuple, settings: tuple, compiled: bool) -> Any:
@@ -91,9 +134,7 @@ def run(function: Callable, tensors: tuple, settings: tuple, compiled: bool) -> 
     # Whether a tensor is a leaf or an activation must not count as another case to compile.
     tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     try:
-        # Sizes are symbolic, one kernel for all; the basis' own numbers are not, they say which kernel it is.
-        with torch._dynamo.config.patch(specialize_int=True, specialize_float=True):
-            return _compiled(function, *settings)(*tensors)
+        return _compiled(function, tuple(map(_kind, tensors)), *settings)(*tensors)
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis
-from kanformer.ops.backend import run, wants_compiled
+from kanformer.ops.backend import run, triton_kernels, wants_compiled
 from kanformer.ops.fused_base import base_pullback, fused_base
 from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_edge_functions, work_dtype
-from kanformer.ops.registration import direct_function, register_gradients
+from kanformer.ops.registration import direct_function, filled, register_gradients
 from kanformer.ops.spline_table import table_gradients, table_values
 from kanformer.ops.uniform import chunk_rows, has_table
 
@@ -34,7 +34,8 @@ def edge_functions(
     """
     training = needs_gradient(x, start, coef, inner)
     apart = plain_wanted() or operators_wanted(x)
-    fused = None if apart or not wants_compiled(x, training) else fused_base(base, x, coef)
+    compiled = not apart and wants_compiled(x, training) and triton_kernels(x, basis) is None
+    fused = fused_base(base, x, coef) if compiled else None
     if base is not None and fused is None:
         start = base(x)
     if plain_wanted():
@@ -51,6 +52,8 @@ def _forward(
         basis, dtype = basis_of(spec), work_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         first = None if start is None else start.reshape(flat.shape)
+        if (kernels := triton_kernels(x, basis)) is not None:
+            return kernels.shared_values(flat, first, coef, grid, inner, basis).view(x.shape)
         if wants_compiled(x, training):
             spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
             return run(_values, (flat, first, spread, constants), (basis, base), True).view(x.shape)
@@ -78,6 +81,8 @@ def _backward(
     with without_autocast(x):
         basis, dtype, inner_like = basis_of(spec), work_dtype(x), coef if inner is None else inner
         flat, flat_grad = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, grad))
+        if (kernels := triton_kernels(x, basis)) is not None:
+            return filled(kernels.shared_gradients(flat, flat_grad, coef, grid, inner, basis, needs_x, needs_coef), x, coef, inner)
         compiled = wants_compiled(x, True)
         if not compiled and has_table(basis):
             grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)

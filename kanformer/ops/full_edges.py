@@ -7,10 +7,10 @@ from torch import Tensor
 
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis, sum_up
-from kanformer.ops.backend import run, wants_compiled
+from kanformer.ops.backend import run, triton_kernels, wants_compiled
 from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_full_edges, work_dtype
-from kanformer.ops.registration import direct_function, register_gradients
+from kanformer.ops.registration import direct_function, filled, register_gradients
 from kanformer.ops.spline_planes import SplinePlanes
 from kanformer.ops.uniform import chunk_rows, has_table
 
@@ -42,6 +42,9 @@ def add_splines(y: Tensor, x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor 
     with without_autocast(x):
         flat, outputs = x.reshape(-1, x.shape[-1]), coef.shape[0]
         total, matrix = y.view(-1, outputs), coef.reshape(outputs, -1).t()
+        if (kernels := triton_kernels(x, basis_of(spec))) is not None:
+            total.copy_(kernels.full_values(flat, None if fresh else total, coef, grid, inner, basis_of(spec)))
+            return
         planes = _planes(x, grid, inner, spec, wants_compiled(x, training))
         for rows in planes.chunks(flat.shape[0]):
             total[rows].addmm_(planes.values(flat[rows], coef.dtype), matrix, beta=0 if fresh else 1)
@@ -54,6 +57,8 @@ def spline_gradients(
     with without_autocast(x):
         flat = x.reshape(-1, x.shape[-1])
         grad = grad.reshape(-1, coef.shape[0]).to(coef.dtype)
+        if (kernels := triton_kernels(x, basis_of(spec))) is not None:
+            return filled(kernels.full_gradients(flat, grad, coef, grid, inner, basis_of(spec), needs_x, needs_coef), x, coef, inner)
         dtype, matrix = work_dtype(x), coef.reshape(coef.shape[0], -1)
         planes = _planes(x, grid, inner, spec, wants_compiled(x, True))
         grad_x = torch.empty(flat.shape if needs_x else (0,), dtype=x.dtype, device=x.device)

@@ -86,3 +86,13 @@ def _gradients(ctx, grad: Tensor, backward: Callable, reference: Callable[..., T
         found = [None, None, None]
     grad_start = None if ctx.start_dtype is None else grad.to(ctx.start_dtype)
     return found[0], grad_start, found[1], None, found[2]
+
+
+def filled(found: tuple[Tensor | None, Tensor | None, Tensor | None], x: Tensor, coef: Tensor, inner: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the shapes and dtypes of what they belong to; an operator returns empty tensors, not None, for those that nobody needs."""
+    grad_x, grad_coef, grad_inner = found
+    return (
+        x.new_empty(0) if grad_x is None else grad_x.view(x.shape),
+        coef.new_empty(0) if grad_coef is None else grad_coef.to(coef.dtype),
+        coef.new_empty(0) if grad_inner is None or inner is None else grad_inner.to(inner.dtype),
+    )

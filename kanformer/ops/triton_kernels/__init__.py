@@ -5,8 +5,8 @@ Import this package only where it is used: it imports triton, 3.5 or newer, and 
 """
 
 from kanformer.ops.triton_kernels.full_edges import full_gradients, full_values
-from kanformer.ops.triton_kernels.launch import supports
+from kanformer.ops.triton_kernels.launch import INTERPRETED, supports
 from kanformer.ops.triton_kernels.shared_gradients import shared_gradients
 from kanformer.ops.triton_kernels.shared_values import shared_values
 
-__all__ = ["supports", "shared_values", "shared_gradients", "full_values", "full_gradients"]
+__all__ = ["INTERPRETED", "supports", "shared_values", "shared_gradients", "full_values", "full_gradients"]
