@@ -9,6 +9,7 @@ from kanformer.bases.base import RangeBasis
 
 _DEGREE, _ORDERS = 5, 4  # of numerator and denominator, as in KAT
 _STEPS = 400
+_LAWSON_STEPS = 40
 
 
 class Rational(RangeBasis):
@@ -73,6 +74,23 @@ class Rational(RangeBasis):
         rows = [self._fit_row(y[:, row].double().cpu(), x[:, row].double().cpu()) for row in range(y.shape[1])]
         return torch.stack(rows).to(device=y.device, dtype=y.dtype)
 
+    def fit(self, y: Tensor, x: Tensor, grid: Tensor, inner: Tensor | None = None) -> Tensor:
+        """Numerators of the smallest largest error, by Lawson's reweighting (1961): a rational function stands for another one over its whole range."""
+        members = self.evaluate(x.double(), grid.double(), None if inner is None else inner.double()).transpose(0, 1).cpu()
+        wanted = y.double().t().unsqueeze(-1).cpu()
+        weight, best, least = torch.ones_like(wanted), torch.zeros(0), torch.full((len(wanted),), torch.inf, dtype=torch.float64)
+        for _ in range(_LAWSON_STEPS):
+            root = weight.sqrt()
+            found = torch.linalg.lstsq(members * root, wanted * root, driver="gelsd").solution
+            error = (wanted - members @ found).abs()
+            worst = error.amax((1, 2))
+            better = worst < least
+            best = found if not best.numel() else torch.where(better[:, None, None], found, best)
+            least = torch.where(better, worst, least)
+            weight = (weight * (error / worst.clamp(min=1e-300)[:, None, None] + 1e-3)).clamp(min=1e-9)
+            weight = weight / weight.mean(1, keepdim=True)
+        return best.squeeze(-1).to(device=y.device, dtype=y.dtype)
+
     def _fit_row(self, y: Tensor, x: Tensor) -> Tensor:
         starts = ([0.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [1.0, 0.5, 0.1, 0.05], [0.01, 0.5, 0.01, 0.05])
         found = [_descend(self, y, x, torch.tensor(start, dtype=torch.float64)) for start in starts]
@@ -102,7 +120,7 @@ def _descend(basis: Rational, y: Tensor, x: Tensor, b: Tensor) -> tuple[float, T
         else:
             damping = min(damping * 2, 1e3)
         if step % 4 == 3:  # Lawson's weights: towards the smallest maximum
-            weight = (weight * (residual.abs() / worst + 1e-3)).clamp(min=1e-9)
+            weight = (weight * (residual.abs() / max(worst, 1e-300) + 1e-3)).clamp(min=1e-9)
             weight = weight / weight.mean()
         jacobian = torch.cat([members, torch.stack(basis.inner_slopes(x, b, members @ coef), -1)], -1) * root.unsqueeze(-1)
         normal = jacobian.t() @ jacobian

@@ -17,6 +17,7 @@ _BY_NAME: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "zero": lambda: FunctionModule(torch.zeros_like),
 }
 
 BaseFunction = str | Callable[[Tensor], Tensor] | nn.Module
@@ -40,7 +41,7 @@ def base_function(base: BaseFunction) -> nn.Module:
     """The module that computes b(x), elementwise.
 
     Args:
-        base: a name (gelu, gelu_tanh, identity, relu, sigmoid, silu, tanh), an elementwise function or module.
+        base: a name (gelu, gelu_tanh, identity, relu, sigmoid, silu, tanh, zero), an elementwise function or module.
 
     Raises:
         ConfigError: an unknown name.

@@ -54,8 +54,7 @@ class EdgeFunctions(GridModule):
 
     def reset_parameters(self) -> None:
         """Sets the coefficients to zero: psi is the base function."""
-        nn.init.zeros_(self.kan_coef)
-        self._reset_inner()
+        self.init_functions("zero")
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.channels)

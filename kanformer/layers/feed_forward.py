@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.grids import check_input, check_sizes
+from kanformer.layers.initialization import preserve_variance_
 from kanformer.layers.kan_linear import KANLinear
 
 if TYPE_CHECKING:
@@ -89,15 +89,18 @@ class KANFeedForward(nn.Module):
     def reset_parameters(self) -> None:
         """Starts from random weights, as for training from scratch; functions start at the activation."""
         activation = self.kan_functions.base if isinstance(self.kan_functions, EdgeFunctions) else self.kan_functions
+        gate = second_moment(activation) if self.gated else 1.0  # of the product that the down map reads then
         for module in (self.kan_gate, self.kan_up, self.kan_functions, self.kan_down):
             if isinstance(module, nn.Linear):
-                moment = second_moment(activation) if module is self.kan_down else 1.0
-                bound = math.sqrt(3.0 / (module.in_features * moment))
-                nn.init.uniform_(module.weight, -bound, bound)
+                down = module is self.kan_down
+                preserve_variance_(module.weight, activation if down and not self.gated else nn.Identity(), 1 / gate if down else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, EdgeFunctions | KANLinear):
                 module.reset_parameters()
+                if module is self.kan_down and isinstance(module, KANLinear):
+                    with torch.no_grad():
+                        module.kan_base_weight.mul_(gate**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from kanformer.bases.base import Basis
 from kanformer.errors import ConfigError, ShapeError
-from kanformer.layers.base_functions import normal_quantiles
+from kanformer.layers.base_functions import BaseFunction
+from kanformer.layers.function_init import init_functions
 
 if TYPE_CHECKING:
     from kanformer.layers.density import Density
@@ -21,6 +22,7 @@ class GridModule(nn.Module):
     """A module with `basis` and one persistent `kan_grid` (rows, grid_points), kept in float32 when the model is cast to less."""
 
     basis: Basis
+    base: nn.Module
     kan_coef: nn.Parameter
     kan_grid: Tensor
     kan_inner: nn.Parameter | None
@@ -31,24 +33,28 @@ class GridModule(nn.Module):
         inner = torch.empty(rows, basis.n_inner, device=device, dtype=dtype)
         self.kan_inner = nn.Parameter(inner) if basis.n_inner else None
 
-    @torch.no_grad()
-    def _reset_inner(self) -> None:
-        if self.kan_inner is not None:
-            start = self.basis.initial_inner(self.kan_inner.shape[0])
-            assert start is not None
-            self.kan_inner.copy_(start)
+    def init_functions(self, init: str, *, std: float = 0.1, function: BaseFunction | None = None) -> None:
+        """Starts the learned functions anew; base and weights stay.
 
-    @torch.no_grad()
-    def _noise_scales(self) -> Tensor:
-        """Deviations of random coefficients, (n_basis,), that make all members alike over the grid range and their sum of variance 1 for unit-normal input."""
-        if self.kan_grid.is_meta:
-            return torch.ones(self.basis.n_basis)
-        grid = self.kan_grid[:1].detach().cpu().double()
-        lo, hi = (float(bound) for bound in self.basis.grid_bounds(grid))
-        even, normal = torch.linspace(lo, hi, 1024, dtype=torch.float64), normal_quantiles()
-        over_range, over_normal = (self.basis.evaluate(x.unsqueeze(-1), grid)[:, 0].square().mean(0) for x in (even, normal))
-        scales = over_range.clamp(min=1e-12).rsqrt()
-        return scales / (scales.square() * over_normal).sum().sqrt()
+        Args:
+            init: "zero" (what is left is the base), "noise" (random functions of deviation `std` for unit-normal input), or "fit":
+                base and learned part together are as near to `function` as the basis can come on the grid's range
+                (full edges: base_weight times `function`).
+            function: for "fit": a name as in `base_function`, an elementwise function or module.
+
+        Raises:
+            ConfigError: an unknown name, or a function that is missing or not wanted.
+        """
+        init_functions(self, init, std, function)
+
+    def per_member(self, numbers: Tensor) -> Tensor:
+        """Numbers (n_basis, rows or 1) in the shape in which they broadcast over `kan_coef`."""
+        return numbers.t()
+
+    @property
+    def function_weight(self) -> Tensor | float:
+        """What the base is multiplied by, in the shape in which it broadcasts over `kan_coef`."""
+        return 1.0
 
     def _register_grid(self, basis: Basis, rows: int, grid_range: tuple[float, float], device) -> None:
         lo, hi = torch.tensor(grid_range, dtype=torch.float32, device="cpu").tolist()

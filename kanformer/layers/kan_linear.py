@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.bases import make_basis
-from kanformer.layers.base_functions import BaseFunction, base_function, second_moment
+from kanformer.layers.base_functions import BaseFunction, base_function
 from kanformer.layers.grids import GridModule, check_input, check_sizes
+from kanformer.layers.initialization import preserve_variance_
 from kanformer.ops import full_edges, kan_linear
 
 _NOISE_SHARE = 0.01  # of the variance of a fresh map
@@ -60,12 +61,8 @@ class KANLinear(GridModule):
 
     def reset_parameters(self) -> None:
         """Unit output variance for unit-normal input: nearly all of it from the base weights, the rest from noise on the functions; zero bias."""
-        bound = math.sqrt(3.0 * (1 - _NOISE_SHARE) / (self.in_features * second_moment(self.base)))
-        nn.init.uniform_(self.kan_base_weight, -bound, bound)
-        nn.init.normal_(self.kan_coef, std=math.sqrt(_NOISE_SHARE / self.in_features))
-        with torch.no_grad():
-            self.kan_coef.mul_(self._noise_scales().to(self.kan_coef).unsqueeze(-1))
-        self._reset_inner()
+        preserve_variance_(self.kan_base_weight, self.base, 1 - _NOISE_SHARE)
+        self.init_functions("noise", std=math.sqrt(_NOISE_SHARE / self.in_features))
         if self.kan_bias is not None:
             nn.init.zeros_(self.kan_bias)
 
@@ -76,6 +73,13 @@ class KANLinear(GridModule):
     def spline(self, x: Tensor) -> Tensor:
         """The sum of the learned parts alone, (..., out_features)."""
         return full_edges(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
+
+    def per_member(self, numbers: Tensor) -> Tensor:
+        return numbers
+
+    @property
+    def function_weight(self) -> Tensor:
+        return self.kan_base_weight.unsqueeze(1)
 
     def extra_repr(self) -> str:
         return (

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanformer.layers.base_functions import BaseFunction, second_moment
+from kanformer.layers.base_functions import BaseFunction
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.grids import check_input, check_sizes
+from kanformer.layers.initialization import preserve_variance_
 
 
 class SharedKANLinear(nn.Module):
@@ -67,8 +66,7 @@ class SharedKANLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Weights for unit output variance, functions at their base, zero bias."""
         self.kan_functions.reset_parameters()
-        bound = math.sqrt(3.0 / (self.in_features * second_moment(self.kan_functions.base)))
-        nn.init.uniform_(self.kan_weight, -bound, bound)
+        preserve_variance_(self.kan_weight, self.kan_functions.base)
         if self.kan_bias is not None:
             nn.init.zeros_(self.kan_bias)
 

@@ -114,7 +114,7 @@ def _compiled(function: Callable, signature: tuple, *settings: Any) -> Callable:
         from torch.fx.experimental import _config as shapes
 
         # The basis' own numbers are no sizes, they say which kernel it is; sizes that are alike today need not be so tomorrow.
-        with torch._dynamo.config.patch(specialize_int=True, specialize_float=True), shapes.patch(use_duck_shape=False):
+        with torch._dynamo.config.patch(specialize_int=True, specialize_float=True), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             found = compiled(*tensors)
         made = True
         return found

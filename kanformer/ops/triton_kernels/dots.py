@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kanformer.ops.triton_kernels.launch import INTERPRETED, power_of_two
+from kanformer.ops.triton_kernels.launch import INTERPRETED, cells, power_of_two
 
 # Outputs up to which the basis is made inside the product. By the roofline of an H200 (perf.md, section 4; bf16, K = 11 in), writing and
 # reading the basis takes as long as the bare GEMM has work for 350 outputs. A fused kernel saves that, but makes the basis again for every
@@ -43,7 +43,7 @@ def is_narrow(x: Tensor, coef: Tensor) -> bool:
 
 def splits_of(length: int, least: int, programs: int) -> int:
     """Into how many parts a sum over `length` is split, each of `least` terms or more, to have programs enough. Depends on the shapes only."""
-    return max(1, min(length // least, triton.cdiv(_PROGRAMS, max(1, programs))))
+    return max(1, min(length // least, cells(_PROGRAMS, max(1, programs))))
 
 
 def precision_of(coef: Tensor) -> dict[str, Any]:

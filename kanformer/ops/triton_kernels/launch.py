@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -58,4 +57,9 @@ def inner_numbers(inner: Tensor | None, basis: Basis, rows: int, x: Tensor) -> T
 
 def power_of_two(size: int, least: int, most: int) -> int:
     """The power of two from `size` upwards, within these bounds."""
-    return max(least, min(most, triton.next_power_of_2(size)))
+    return max(least, min(most, 1 << (size - 1).bit_length() if size > 1 else 1))
+
+
+def cells(size: int, width: int) -> int:
+    """How many tiles of this width cover `size`."""
+    return -(-size // width)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kanformer.bases.base import Basis
 from kanformer.ops.triton_kernels.dots import Tiles, dot, precision_of, splits_of
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch
 from kanformer.ops.triton_kernels.members import load_constants, member
 
 
@@ -22,9 +22,9 @@ def narrow_coef_gradients(x: Tensor, grad: Tensor, grid: Tensor, inner: Tensor |
     """
     (tokens, channels), outputs = x.shape, grad.shape[1]
     tiles = Tiles.of(outputs, grad.dtype)
-    blocks = triton.cdiv(channels, tiles.rows)
-    steps = triton.cdiv(triton.cdiv(tokens, splits_of(tokens, 512, blocks * basis.n_basis)), tiles.depth)
-    splits = triton.cdiv(tokens, steps * tiles.depth)
+    blocks = cells(channels, tiles.rows)
+    steps = cells(cells(tokens, splits_of(tokens, 512, blocks * basis.n_basis)), tiles.depth)
+    splits = cells(tokens, steps * tiles.depth)
     partial = torch.empty(splits, outputs, basis.n_basis, channels, dtype=torch.float32, device=x.device)
     launch(
         _products,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kanformer.bases.base import Basis
 from kanformer.ops.triton_kernels.dots import Tiles, dot, precision_of
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch
 from kanformer.ops.triton_kernels.members import inner_parts, load_constants, member, slope
 
 
@@ -24,12 +24,12 @@ def narrow_input_gradients(
     tiles = Tiles.of(outputs, coef.dtype)
     piece = tiles.outputs if coef.dtype.itemsize == 2 else min(tiles.outputs, 32)
     columns = tiles.rows // 2 if basis.n_inner else tiles.rows  # more to hold per number
-    blocks = triton.cdiv(tokens, tiles.rows)
+    blocks = cells(tokens, tiles.rows)
     grad_x = torch.empty_like(x) if needs_x else None
     partial = torch.empty(blocks, basis.n_inner, channels, dtype=torch.float32, device=x.device)
     launch(
         _gradients,
-        (blocks, triton.cdiv(channels, columns)),
+        (blocks, cells(channels, columns)),
         x,
         grad,
         coef,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kanformer.bases.base import Basis
 from kanformer.ops.triton_kernels.dots import Tiles, dot, precision_of, splits_of
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch
 from kanformer.ops.triton_kernels.members import load_constants, member
 
 
@@ -22,9 +22,9 @@ def narrow_values(x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, b
     """
     (tokens, channels), outputs = x.shape, coef.shape[0]
     tiles = Tiles.of(outputs, coef.dtype)
-    blocks = triton.cdiv(tokens, tiles.rows)
-    steps = triton.cdiv(triton.cdiv(channels, splits_of(channels, 128, blocks)), tiles.depth)
-    splits = triton.cdiv(channels, steps * tiles.depth)
+    blocks = cells(tokens, tiles.rows)
+    steps = cells(cells(channels, splits_of(channels, 128, blocks)), tiles.depth)
+    splits = cells(channels, steps * tiles.depth)
     partial = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     launch(
         _products,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kanformer.bases.base import Basis
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch, power_of_two, work_dtype
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch, power_of_two, work_dtype
 from kanformer.ops.triton_kernels.members import inner_parts, load_constants, member, slope
 
 _TILE = 1024  # numbers of x of a program: 8 per thread, so 16 bytes of bf16 in one load
@@ -24,7 +24,7 @@ def plane_values(x: Tensor, grid: Tensor, inner: Tensor | None, basis: Basis, dt
     rows = _TILE // columns
     launch(
         _planes,
-        (triton.cdiv(tokens, rows), triton.cdiv(channels, columns)),
+        (cells(tokens, rows), cells(channels, columns)),
         x,
         grid,
         inner_numbers(inner, basis, channels, x),
@@ -45,11 +45,11 @@ def plane_gradients(x: Tensor, grad_planes: Tensor, grid: Tensor, inner: Tensor 
     tokens, channels = x.shape
     columns = power_of_two(channels, 16, 128)
     rows = _TILE // columns
-    blocks = triton.cdiv(tokens, rows)
+    blocks = cells(tokens, rows)
     partial = torch.empty(blocks, basis.n_inner, channels, dtype=work_dtype(x), device=x.device)
     launch(
         _gradients,
-        (blocks, triton.cdiv(channels, columns)),
+        (blocks, cells(channels, columns)),
         x,
         grad_planes,
         grid,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kanformer.bases.base import Basis
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch, power_of_two, work_dtype
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch, power_of_two, work_dtype
 from kanformer.ops.triton_kernels.members import load_constants, load_weights, member_of, parts, value_slope
 
 _STEPS = 16  # tiles of a program, one after the other into the same sums
@@ -32,7 +32,7 @@ def shared_gradients(
     tokens, channels = x.shape
     grad_x = torch.empty_like(x) if needs_x else None
     tiling = _tiling(channels, groups)
-    blocks, needs_sums = triton.cdiv(tokens, tiling.rows * _STEPS), needs_coef or inner is not None
+    blocks, needs_sums = cells(tokens, tiling.rows * _STEPS), needs_coef or inner is not None
     last = tiling.programs if tiling.one_group else channels
     partial = torch.empty(blocks if needs_sums else 0, n_parts, last, dtype=work_dtype(x), device=x.device)
     if x.numel() and (needs_x or needs_sums):
@@ -79,10 +79,10 @@ def _tiling(channels: int, groups: int) -> _Tiling:
     wide as wastes the fewest columns. Smaller groups: sums per channel, with tiles of half the size, as every thread holds n_basis sums per number."""
     size = channels // groups
     if size >= _FEW:
-        columns = min((128, 64, 32), key=lambda width: triton.cdiv(size, width) * width)
-        return _Tiling(True, 1024 // columns, columns, groups * triton.cdiv(size, columns))
+        columns = min((128, 64, 32), key=lambda width: cells(size, width) * width)
+        return _Tiling(True, 1024 // columns, columns, groups * cells(size, columns))
     columns = power_of_two(channels, 16, 64)
-    return _Tiling(False, 512 // columns, columns, triton.cdiv(channels, columns))
+    return _Tiling(False, 512 // columns, columns, cells(channels, columns))
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kanformer.bases.base import Basis
-from kanformer.ops.triton_kernels.launch import compiled_for, inner_numbers, launch, power_of_two
+from kanformer.ops.triton_kernels.launch import cells, compiled_for, inner_numbers, launch, power_of_two
 from kanformer.ops.triton_kernels.members import load_constants, load_weights, value
 
 _TILE = 1024  # numbers of a tile: 8 per thread, so 16 bytes of bf16 in one load
@@ -37,7 +37,7 @@ def shared_values(x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, i
     rows = _TILE // columns
     launch(
         _values,
-        (triton.cdiv(tokens, rows * _STEPS), triton.cdiv(channels, columns)),
+        (cells(tokens, rows * _STEPS), cells(channels, columns)),
         x,
         x if start is None else start.contiguous(),
         coef.contiguous(),
