@@ -82,7 +82,7 @@ class BSpline(Basis):
         if self.knots == "free":
             return _recursion(x, constants, self.spline_order)
         place = self._place(x, constants)
-        return place.spread(_local_members(place.u, self.spline_order), self.n_basis)
+        return place.spread(local_members(place.u, self.spline_order), self.n_basis)
 
     def slopes(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         k = self.spline_order
@@ -91,14 +91,14 @@ class BSpline(Basis):
         if self.knots == "free":
             return _recursion_slopes(x, constants, k)
         place = self._place(x, constants)
-        lower = [constants[1] * member for member in _local_members(place.u, k - 1)]
+        lower = [constants[1] * member for member in local_members(place.u, k - 1)]
         return place.spread([-lower[0], *(left - right for left, right in itertools.pairwise(lower)), lower[-1]], self.n_basis)
 
     def value(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
         if not self._windowed:
             return super().value(x, coef, constants)
         place = self._place(x, constants)
-        return weighted(_local_members(place.u, self.spline_order), place.window(coef, self))
+        return weighted(local_members(place.u, self.spline_order), place.window(coef, self))
 
     def slope(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
         """By the differences of the coefficients and the members of one degree less (de Boor 1978, chapter X, equation 15)."""
@@ -106,12 +106,12 @@ class BSpline(Basis):
             return super().slope(x, coef, constants)
         place = self._place(x, constants)
         steps = [right - left for left, right in itertools.pairwise(place.window(coef, self))]
-        return weighted(_local_members(place.u, self.spline_order - 1), steps) * constants[1]
+        return weighted(local_members(place.u, self.spline_order - 1), steps) * constants[1]
 
     def pullback(self, x: Tensor, grad: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         if not self._windowed:
             return super().pullback(x, grad, coef, constants)
-        local = [grad * member for member in _local_members(self._place(x, constants).u, self.spline_order)]
+        local = [grad * member for member in local_members(self._place(x, constants).u, self.spline_order)]
         return grad * self.slope(x, coef, constants), self._place(x, constants).spread(local, self.n_basis), []
 
     def _bounds(self, constants: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ class _Place:
         return found
 
 
-def _local_members(u: Tensor, degree: int) -> list[Tensor]:
+def local_members(u: Tensor, degree: int) -> list[Tensor]:
     """The degree + 1 members that are not 0 on a cell of uniform knots, from the left, at the position u in it; nan where u is."""
     mirrored, factors = 1 - u, _POLYNOMIALS[degree]
     right = [_polynomial(factors[r], u) for r in range(degree // 2 + 1, degree + 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,10 +48,8 @@ class Rational(RangeBasis):
 
     def slopes(self, x: Tensor, constants: Tensor) -> list[Tensor]:
         """(m x^(m-1) - x^m Q'/Q) / Q, where Q' has the sign of x."""
-        size, b = x.abs(), constants.abs()
         reciprocal = 1 / self._denominator(x, constants)
-        rising = ((4 * b[3] * size + 3 * b[2]) * size + 2 * b[1]) * size + b[0]
-        ratio = torch.where(x < 0, -rising, rising) * reciprocal
+        ratio = self._rise(x, constants) * reciprocal
         found, power = [-ratio * reciprocal], reciprocal
         for m in range(1, _DEGREE + 1):
             found.append(power * (m - x * ratio))
@@ -58,12 +58,39 @@ class Rational(RangeBasis):
 
     def inner_slopes(self, x: Tensor, constants: Tensor, value: Tensor) -> list[Tensor]:
         """-value |x|^i sign(b_i) / Q."""
-        size = x.abs()
-        part, found = -value / self._denominator(x, constants), []
+        return self._inner_parts(x.abs(), constants, -value / self._denominator(x, constants))
+
+    def _inner_parts(self, size: Tensor, constants: Tensor, part: Tensor) -> list[Tensor]:
+        found, signs = [], torch.where(constants < 0, -1.0, 1.0).to(constants.dtype)
         for i in range(_ORDERS):
             part = part * size
-            found.append(torch.where(constants[i] < 0, -part, part))
+            found.append(part * signs[i])
         return found
+
+    # The same sums by Horner's rule, which needs a third of the operations.
+
+    def value(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        return _horner(coef, x) / self._denominator(x, constants)
+
+    def slope(self, x: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> Tensor:
+        """(P' - P/Q * Q') / Q."""
+        reciprocal = 1 / self._denominator(x, constants)
+        return (_horner(_differentiated(coef), x) - _horner(coef, x) * reciprocal * self._rise(x, constants)) * reciprocal
+
+    def pullback(self, x: Tensor, grad: Tensor, coef: Sequence[Tensor] | Tensor, constants: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        reciprocal = 1 / self._denominator(x, constants)
+        value, part = _horner(coef, x) * reciprocal, grad * reciprocal
+        grad_x = part * (_horner(_differentiated(coef), x) - value * self._rise(x, constants))
+        parts = [part]
+        for _ in range(_DEGREE):
+            parts.append(parts[-1] * x)
+        return grad_x, parts, self._inner_parts(x.abs(), constants, -part * value)
+
+    def _rise(self, x: Tensor, constants: Tensor) -> Tensor:
+        """Q', which has the sign of x."""
+        size, b = x.abs(), constants.abs()
+        rising = ((4 * b[3] * size + 3 * b[2]) * size + 2 * b[1]) * size + b[0]
+        return torch.where(x < 0, -rising, rising)
 
     def _denominator(self, x: Tensor, constants: Tensor) -> Tensor:
         size, b = x.abs(), constants.abs()
@@ -102,6 +129,18 @@ class Rational(RangeBasis):
         b = symbols(f"b1:{_ORDERS + 1}")
         denominator = 1 + sum(Abs(b[i]) * Abs(x) ** (i + 1) for i in range(_ORDERS))
         return [x**m / denominator for m in range(_DEGREE + 1)]
+
+
+def _horner(factors: Sequence[Tensor] | Tensor, x: Tensor) -> Tensor:
+    """The polynomial with these ascending factors, tensors that broadcast with x."""
+    value = factors[-1]
+    for power in range(len(factors) - 2, -1, -1):
+        value = value * x + factors[power]
+    return value
+
+
+def _differentiated(factors: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    return [power * factors[power] for power in range(1, len(factors))]
 
 
 def _descend(basis: Rational, y: Tensor, x: Tensor, b: Tensor) -> tuple[float, Tensor]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from kanformer.bases.bspline import BSpline, local_polynomials
+from kanformer.bases.bspline import BSpline, local_members
 from kanformer.ops.uniform import cell_scale, chunk_rows, locate
 
 
@@ -17,7 +15,6 @@ class SplinePlanes:
     def __init__(self, grid: Tensor, basis: BSpline, dtype: torch.dtype, features: int) -> None:
         self.basis, self.dtype, self.features = basis, dtype, features
         self.order = basis.spline_order
-        self.factors = local_polynomials(self.order)
         self.lo, self.per_unit = cell_scale(grid, basis, dtype)
         self.pad = self.order + 1
 
@@ -29,7 +26,7 @@ class SplinePlanes:
     def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, n_basis * in_features) in the dtype of the GEMM."""
         window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        local = torch.stack([self._polynomial(r, u) for r in range(self.order + 1)], 1)
+        local = torch.stack(local_members(u, self.order), 1)
         padded = local.new_zeros(x.shape[0], self.basis.n_basis + 2 * self.pad, self.features)
         padded.scatter_(1, self._members(window), local)
         return padded[:, self.pad : self.pad + self.basis.n_basis].reshape(x.shape[0], -1).to(dtype)
@@ -39,24 +36,12 @@ class SplinePlanes:
         window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
         padded = torch.nn.functional.pad(grad_members.to(self.dtype).view(x.shape[0], -1, self.features), (0, 0, self.pad, self.pad))
         active = padded.gather(1, self._members(window))
-        total = torch.zeros_like(u)
-        for r in range(self.order + 1):
-            total.addcmul_(active[:, r], self._slope(r, u))
+        if self.order == 0:
+            return (u - u), u.new_empty(0)
+        steps, total = active[:, 1:] - active[:, :-1], torch.zeros_like(u)  # de Boor: differences, and members of one degree less
+        for r, member in enumerate(local_members(u, self.order - 1)):
+            total.addcmul_(steps[:, r], member)
         return total.mul_(self.per_unit), total.new_empty(0)
 
     def _members(self, window: Tensor) -> Tensor:
         return window.unsqueeze(1) + torch.arange(self.order + 1, device=window.device).view(1, -1, 1)
-
-    def _polynomial(self, r: int, u: Tensor) -> Tensor:
-        return _horner(self.factors[r], u)
-
-    def _slope(self, r: int, u: Tensor) -> Tensor:
-        return _horner([power * factor for power, factor in enumerate(self.factors[r])][1:] or [0.0], u)
-
-
-def _horner(factors: Sequence[float], u: Tensor) -> Tensor:
-    """The polynomial with these ascending factors at u; nan stays nan."""
-    value = u * 0 + factors[-1]
-    for factor in reversed(factors[:-1]):
-        value = value.mul_(u).add_(factor)
-    return value
