@@ -34,6 +34,21 @@ def test_the_example_is_short():
     assert len([line for line in _block("example").splitlines() if line.strip()]) <= 22
 
 
+def test_the_calls_for_grids_and_penalties_run(recwarn):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import kanformer
+
+    code = README.split("## Grids and penalties")[1].split("```python\n")[1].split("```")[0]
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    model, ids = kanformer.patch_model(LlamaForCausalLM(config)), torch.randint(0, 50, (4, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    exec(code, {"kanformer": kanformer, "model": model, "batches": [batch], "batch": batch})
+    functions = model.model.layers[0].mlp.kan_functions
+    assert functions.basis.grid_size == 16 and functions.kan_coef.grad is not None
+
+
 def test_every_path_in_the_readme_exists():
     tree = README.split("## Where things are")[1]
     for name in re.findall(r"^\s+([a-z_]+(?:/|\.py))", tree, re.MULTILINE):
