@@ -177,12 +177,28 @@ def _own(extra: bool = False) -> tuple[nn.Module, list[kanformer.FFNSpec]]:
     return model, [kanformer.FFNSpec(name="strange", owner="Strange", up="fc1", activation="act", down="fc2")]
 
 
+class Foreign(nn.Module):
+    """A block without an activation to be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.fc2(torch.sin(self.fc1(x)))
+
+
 class TestRefusals:
     def test_unknown_model_says_what_was_looked_for_and_how_to_give_a_spec(self):
         with pytest.raises(NoFeedForwardError) as error:
-            kanformer.patch_model(_own()[0])
+            kanformer.patch_model(nn.ModuleDict({"a": Foreign()}))
         text = str(error.value)
-        assert "Strange" in text and "fc1" in text and "FFNSpec(" in text and "Bert" in text
+        assert "Foreign" in text and "fc1" in text and "FFNSpec(" in text and "Bert" in text
+
+    def test_without_a_spec_a_plain_block_is_found_by_its_parts(self):
+        model, _ = _own()
+        kanformer.patch_model(model)
+        assert len(blocks(model)) == 2
 
     def test_an_own_spec_is_enough(self):
         model, specs = _own()

@@ -35,7 +35,7 @@ class KANFeedForward(nn.Module):
         config: the edges, basis and grid; None means `KANConfig()`.
         hidden_dropout, output_dropout: probabilities, after the hidden channels and after the down map.
 
-    Shapes: input and output (..., in_features).
+    Shapes: input and output (..., in_features); `residual`, if given to forward, is added to the output (some families' blocks do that themselves).
     """
 
     def __init__(
@@ -102,9 +102,10 @@ class KANFeedForward(nn.Module):
                     with torch.no_grad():
                         module.kan_base_weight.mul_(gate**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         check_input(self, x, self.in_features)
-        return self.output_dropout(self.kan_down(self.hidden_dropout(self.hidden(x))))
+        y = self.output_dropout(self.kan_down(self.hidden_dropout(self.hidden(x))))
+        return y if residual is None else residual + y
 
     def hidden(self, x: Tensor) -> Tensor:
         """The hidden channels that the down map reads, (..., hidden_features)."""

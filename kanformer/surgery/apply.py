@@ -171,10 +171,10 @@ def _build(site: Site, config: KANConfig, statistics: FFNStatistics | None) -> K
 def _keep_state(site: Site, slot: nn.Module, block: KANFeedForward) -> None:
     """Training mode, requires_grad and (where the slot was the whole block) hooks of what was there."""
     block.train(slot.training)
-    maps = {site.spec.up: block.kan_up, site.spec.down: block.kan_down, site.spec.gate: block.kan_gate}
-    for path, old in site.linears.items():
-        new = maps[path]
-        assert new is not None
+    maps = [(site.up, block.kan_up), (site.down, block.kan_down), (site.up if site.spec.fused else site.gate, block.kan_gate)]
+    for old, new in maps:
+        if old is None or new is None:
+            continue
         new_weight, new_bias = (new.kan_base_weight, new.kan_bias) if isinstance(new, KANLinear) else (new.weight, new.bias)
         new_weight.requires_grad_(old.weight.requires_grad)  # type: ignore[union-attr,operator,arg-type]
         if isinstance(new_bias, nn.Parameter):

@@ -12,12 +12,13 @@ from kanformer.surgery.architectures import all_specs
 from kanformer.surgery.modules import is_conv1d
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.structure import structural_spec
 
 _LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|expert", re.IGNORECASE)
 
 
 def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list[Site]:
-    """Every block of `model` whose owner's class matches a spec; a module that hangs in several places counts once.
+    """Every block of `model` whose owner's class matches a spec, or without `specs` looks like a block; a module that hangs in several places counts once.
 
     Raises:
         NoFeedForwardError: none; the message lists what was looked for and how to give a spec.
@@ -27,6 +28,8 @@ def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list
     sites = []
     for path, module in model.named_modules():
         spec = next((spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)), None)
+        if spec is None and not specs:
+            spec = structural_spec(module)
         if spec is not None:
             sites.append(Site(model, path, spec))
     if not sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -24,6 +24,12 @@ def is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_linear(module: Any, owner: nn.Module) -> TypeGuard[nn.Module]:
+    """Whether this is a linear map: nn.Linear, Conv1D, or a subclass of nn.Linear that the owner's own file defines (FalconLinear)."""
+    own = isinstance(module, nn.Linear) and type(module).__module__ == type(owner).__module__
+    return type(module) is nn.Linear or is_conv1d(module) or own
+
+
 def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight (out, in), bias) of an nn.Linear or Conv1D."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
@@ -42,9 +48,14 @@ def layer_number(path: str) -> int | None:
 
 
 def mark_initialized(root: nn.Module, path: str, block: nn.Module) -> None:
-    """Tells transformers' weight initialisation to leave a new block alone, and not to reach into it from its ancestors."""
+    """Tells transformers' weight initialisation to leave a new block alone, and not to reach into it from its ancestors.
+
+    An ancestor with buffers that are not saved is not told: after loading only its initialisation fills them.
+    """
     for module in block.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
     names = path.split(".")
     for depth in range(len(names)):
-        get_path(root, ".".join(names[:depth]))._is_hf_initialized = True
+        ancestor = get_path(root, ".".join(names[:depth]))
+        if not ancestor._non_persistent_buffers_set:
+            ancestor._is_hf_initialized = True

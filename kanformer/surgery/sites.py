@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kanformer.conversion import DenseFFN
 from kanformer.errors import SurgeryError
 from kanformer.layers.base_functions import base_function
-from kanformer.surgery.modules import get_path, is_conv1d, join, linear_tensors
+from kanformer.surgery.modules import get_path, is_linear, join, linear_tensors
 from kanformer.surgery.spec import FFNSpec
 
 
@@ -63,6 +63,9 @@ class Site:
         up_weight, up_bias = linear_tensors(self.up)
         down_weight, down_bias = linear_tensors(self.down)
         gate_weight, gate_bias = linear_tensors(self.gate) if self.gate is not None else (None, None)
+        if self.spec.fused:
+            halves = list(zip(up_weight.chunk(2), (None, None) if up_bias is None else up_bias.chunk(2), strict=True))
+            (gate_weight, gate_bias), (up_weight, up_bias) = halves if self.spec.fused == "gate_first" else halves[::-1]
         return DenseFFN(
             up_weight,
             up_bias,
@@ -86,7 +89,7 @@ class Site:
 
     def _problem_of_linears(self) -> str | None:
         for path, module in self.linears.items():
-            if type(module) is not nn.Linear and not is_conv1d(module):
+            if not is_linear(module, self.owner):
                 return f"{path} is {type(module).__module__}.{type(module).__name__}, not nn.Linear or Conv1D"
             weight = module.weight
             if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "ds_id"):
@@ -95,6 +98,8 @@ class Site:
             if hook is not None and (getattr(hook, "offload", False) or weight.is_meta):
                 return f"{path} is offloaded by accelerate; load the model without offloading"
         up, down = linear_tensors(self.up)[0], linear_tensors(self.down)[0]
+        if self.spec.fused and up.shape[0] == 2 * down.shape[1]:
+            up = up[: down.shape[1]]
         if up.shape != down.t().shape:
             return f"maps {tuple(up.shape)} and {tuple(down.shape)} are not d -> h -> d"
         if self.gate is not None and linear_tensors(self.gate)[0].shape != up.shape:
@@ -120,12 +125,13 @@ class Site:
         if weight.is_meta or self.spec.structure != "module" or _has_hooks(self.owner):
             return None
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, 3, weight.shape[1], generator=generator).to(device=weight.device, dtype=weight.dtype)
+        x, residual = torch.randn(2, 1, 3, weight.shape[1], generator=generator).to(device=weight.device, dtype=weight.dtype)
         flags = {module: module.training for module in self.owner.modules()}
         try:
             self.owner.eval()
             with torch.no_grad():
-                actual, expected = self.owner(x), self.dense().output(x)
+                expected = self.dense().output(x)
+                actual = self.owner(x, residual) - residual if self.spec.residual else self.owner(x)
         except Exception as error:
             return f"its forward could not be run on hidden states alone ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         finally:

@@ -22,7 +22,10 @@ class FFNSpec:
         slot: path to the module whose place the KAN-FFN takes; "" is the owner itself.
         identities: paths of the other parts, which become `nn.Identity`.
         hidden_dropout: path to a dropout module or probability that the owner applies to the hidden channels.
-        output_dropout: path to a dropout module inside the replaced forward, after the down map.
+        output_dropout: path to a dropout module or probability inside the replaced forward, after the down map.
+        fused: for a gated block with one map for both halves, which lies at `up`: "gate_first" (the activation reads the first half of its outputs)
+            or "up_first"; `gate` is then None.
+        residual: "yes" if the block's forward takes a second tensor and adds it to its output.
     """
 
     name: str
@@ -35,6 +38,8 @@ class FFNSpec:
     identities: tuple[str, ...] = ()
     hidden_dropout: str | None = None
     output_dropout: str | None = None
+    fused: str | None = None
+    residual: str | None = None
 
     @property
     def structure(self) -> str:

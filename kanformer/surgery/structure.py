@@ -1,0 +1,195 @@
+"""Specs for blocks whose class no file describes: read off a module's parts and its source, and checked like any other before anything is touched."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from kanformer.surgery.modules import get_path, is_conv1d, is_linear, linear_tensors
+from kanformer.surgery.sites import Site
+from kanformer.surgery.spec import FFNSpec
+
+_GATED = (  # gate (which the activation reads), up, down
+    ("gate_proj", "up_proj", "down_proj"),
+    ("wi_0", "wi_1", "wo"),
+    ("w1", "w3", "w2"),
+    ("w_in.w_0", "w_in.w_1", "w_out"),
+)
+_PLAIN = (  # up, down
+    ("fc1", "fc2"),
+    ("up_proj", "down_proj"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("lin1", "lin2"),
+    ("linear1", "linear2"),
+    ("linear_fc1", "linear_fc2"),
+    ("intermediate_dense", "output_dense"),
+    ("wi", "wo"),
+    ("fc_in", "fc_out"),
+    ("in_proj", "out_proj"),
+    ("proj_in", "proj_out"),
+    ("dense1", "dense2"),
+    ("layer1", "layer2"),
+    ("linear_1", "linear_2"),
+    ("ffw_layer_1", "ffw_layer_2"),
+)
+_FUSED = (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear"), ("fc1", "fc2"), ("fc1.proj", "fc2"))  # gate and up in one, down
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
+
+
+def structural_spec(module: nn.Module) -> FFNSpec | None:
+    """What this module would be as a feed-forward block, or None if it does not look like one."""
+    return _split(module) or _module(module) or _inline(module)
+
+
+def _split(module: nn.Module) -> FFNSpec | None:
+    parts = {"up": "intermediate.dense", "activation": "intermediate.intermediate_act_fn", "down": "output.dense"}
+    if not _maps(module, parts["up"], parts["down"]) or not callable(_get(module, parts["activation"])):
+        return None
+    if len(list(module.intermediate.parameters())) != len(list(module.intermediate.dense.parameters())):  # type: ignore[union-attr,operator]
+        return None
+    return FFNSpec(name="intermediate-output", owner=_own(module), slot="intermediate", identities=("output.dense",), **parts)
+
+
+def _module(module: nn.Module) -> FFNSpec | None:
+    activation = next((name for name in _ACTIVATIONS if callable(_get(module, name))), None)
+    if activation is None:
+        return None
+    for gate, up, down in (*_GATED, *((None, up, down) for up, down in _PLAIN)):
+        if _maps(module, up, down) and (not gate or _maps(module, gate, down)):
+            return _of_its_own(module, FFNSpec(name=f"{up}-{down}", owner=_own(module), gate=gate, up=up, activation=activation, down=down))
+    for up, down in _FUSED:
+        if _maps(module, up, down, halves=2):
+            spec = FFNSpec(name=f"{up}-{down}", owner=_own(module), up=up, activation=activation, down=down, fused="gate_first")
+            other = dataclasses.replace(spec, fused="up_first")
+            # Which half the activation reads differs from family to family: the block itself tells.
+            wrong = Site(module, "", spec).disagreement() and not Site(module, "", other).disagreement()
+            return _of_its_own(module, other if wrong else spec)
+    return None
+
+
+def _of_its_own(module: nn.Module, spec: FFNSpec) -> FFNSpec | None:
+    """The spec with its dropouts, or None where the module holds more than the block (a layer with attention, say)."""
+    linears = {get_path(module, name) for name in (spec.gate, spec.up, spec.down) if name}
+    if any(isinstance(child, nn.Linear) or is_conv1d(child) for child in module.modules() if child not in linears):
+        return None
+    hidden, output = _dropouts(module, spec.up, spec.down)
+    return dataclasses.replace(spec, hidden_dropout=hidden, output_dropout=output)
+
+
+def _inline(module: nn.Module) -> FFNSpec | None:
+    """A layer that calls up, activation, perhaps dropout, and down one after the other."""
+    for calls in _calls(type(module)):
+        for first in range(len(calls) - 2):
+            up, activation, *rest = calls[first : first + 4]
+            dropout = rest[0] if _is_dropout(module, rest[0]) else None
+            down = rest[1] if dropout and len(rest) > 1 else rest[0]
+            if not _maps(module, up, down) or not _is_activation(module, activation):
+                continue
+            kept = (activation, down)
+            return FFNSpec(
+                name=f"{up}-{down}",
+                owner=_own(module),
+                up=up,
+                activation=activation,
+                down=down,
+                slot=up,
+                identities=kept,
+                hidden_dropout=dropout.removeprefix("p=") if dropout else None,
+            )
+    return None
+
+
+def _own(module: nn.Module) -> str:
+    return re.escape(type(module).__name__)
+
+
+def _get(module: nn.Module, path: str):
+    try:
+        return get_path(module, path)
+    except AttributeError:
+        return None
+
+
+def _maps(module: nn.Module, up: str, down: str, halves: int = 1) -> bool:
+    """Whether these are linear maps d -> h -> d, the first with so many times h outputs."""
+    first, second = _get(module, up), _get(module, down)
+    if not is_linear(first, module) or not is_linear(second, module):
+        return False
+    outputs, inputs = linear_tensors(second)[0].shape
+    return linear_tensors(first)[0].shape == (halves * inputs, outputs)
+
+
+def _is_activation(module: nn.Module, name: str) -> bool:
+    part = _get(module, name)
+    if isinstance(part, nn.Module):
+        return next(part.parameters(), None) is None and not isinstance(part, nn.Dropout | nn.Identity)
+    return callable(part) and not inspect.ismethod(part)
+
+
+def _is_dropout(module: nn.Module, name: str) -> bool:
+    part = _get(module, name.removeprefix("p="))
+    return isinstance(part, int | float) if name.startswith("p=") else isinstance(part, nn.Dropout)
+
+
+def _dropouts(module: nn.Module, up: str, down: str) -> tuple[str | None, str | None]:
+    """(the dropout between up and down, the dropout after down): functional ones by the source, modules by watching a pass over zeros."""
+    for calls in _calls(type(module)):
+        if up in calls and down in calls and any(call.startswith("p=") for call in calls):
+            between, after = calls[calls.index(up) : calls.index(down)], calls[calls.index(down) :]
+            found = [next((call[2:] for call in part if call.startswith("p=") and _is_dropout(module, call)), None) for part in (between, after)]
+            return found[0], found[1]
+    order: list[str] = []
+    names = {child: name for name, child in module.named_modules() if isinstance(child, nn.Dropout) or name in (up, down)}
+    handles = [child.register_forward_hook(lambda child, args, out: order.append(names[child])) for child in names]
+    weight = linear_tensors(get_path(module, up))[0]
+    flags = [(child, child.training) for child in module.modules()]
+    try:
+        with torch.no_grad():
+            module.eval()
+            module(torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+    except Exception:
+        return None, None  # what the block needs besides hidden states will be the reason of its refusal
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child, training in flags:
+            child.training = training
+    if up not in order or down not in order:
+        return None, None
+    between, after = order[order.index(up) + 1 : order.index(down)], order[order.index(down) + 1 :]
+    return next(iter(between), None), next(iter(after), None)
+
+
+@functools.cache
+def _calls(cls: type) -> tuple[tuple[str, ...], ...]:
+    """For each method of a class, the names called on self, in the order in which they run; `p=name` is a functional dropout with that probability."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
+    return tuple(found for found in (tuple(_called(method)) for method in methods) if len(found) >= 3)
+
+
+def _called(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+        yield from _called(node.value) if node.value is not None else ()
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _called(child)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
+            yield node.func.attr
+        elif node.func.attr == "dropout":
+            probability = next((word.value for word in node.keywords if word.arg == "p"), None)
+            if isinstance(probability, ast.Attribute):
+                yield f"p={probability.attr}"
