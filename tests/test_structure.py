@@ -12,7 +12,7 @@ from torch import nn
 import kanformer
 from kanformer import KANFeedForward
 from kanformer.errors import NoFeedForwardError
-from kanformer.surgery.structure import structural_spec
+from kanformer.surgery.structure import structural_specs
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 TEXT, BOTH, PIXELS = {"input_ids": IDS}, {"input_ids": IDS, "decoder_input_ids": IDS}, {"pixel_values": torch.randn(1, 3, 32, 32)}
@@ -39,6 +39,7 @@ MODELS = {  # config, inputs, (dropout between the maps, dropout at the end), wh
     "xlm": (tf.XLMConfig(vocab_size=100, emb_dim=32, n_layers=2, n_heads=4), TEXT, (0.0, 0.1), True),
     "led": (tf.LEDConfig(vocab_size=100, attention_window=4, **LED, **FFN), BOTH, (0.3, 0.0), True),
     "xglm": (tf.XGLMConfig(vocab_size=100, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, activation_dropout=0.2), TEXT, (0.2, 0.0), True),
+    "ctrl": (tf.CTRLConfig(vocab_size=100, n_embd=32, dff=48, n_layer=2, n_head=4), TEXT, (0.0, 0.0), True),
     "swin": (tf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4), PIXELS, (0.0, 0.0), True),
     "convnext": (tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2), PIXELS, (0.0, 0.0), True),
 }
@@ -112,6 +113,27 @@ def test_a_block_with_a_norm_inside_is_refused_by_name():
         kanformer.patch_model(model)
 
 
+def test_fused_experts_are_named_and_the_dense_blocks_beside_them_can_be_patched_alone():
+    model = tf.AutoModel.from_config(tf.Qwen2MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]))
+    plan = kanformer.plan_surgery(model)
+    assert [refusal.path for refusal in plan.refusals] == ["layers.1.mlp.experts"] and "fused experts" in plan.refusals[0].reason
+    with pytest.raises(NoFeedForwardError, match=r"layers\.1\.mlp\.experts.*exclude_modules"):
+        kanformer.patch_model(model)
+    before = model.eval()(**TEXT)[0]
+    kanformer.patch_model(model, exclude_modules=["*.experts"])
+    assert torch.equal(model(**TEXT)[0], before) and isinstance(model.layers[0].mlp, KANFeedForward)
+
+
+def test_sequences_that_are_called_feed_forward():
+    model = nn.ModuleDict({"ffn": nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Dropout(0.2), nn.Linear(12, 8), nn.Dropout(0.3))}).eval()
+    model["head"] = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    x = torch.randn(3, 8)
+    before = model["ffn"](x)
+    kanformer.patch_model(model)
+    assert torch.equal(model["ffn"](x), before) and (model["ffn"].hidden_dropout.p, model["ffn"].output_dropout.p) == (0.2, 0.3)
+    assert isinstance(model["head"], nn.Sequential)
+
+
 class Layer(nn.Module):
     """A layer that calls the parts of its block one by one."""
 
@@ -132,10 +154,15 @@ class LayerWithNorm(Layer):
         return x + self.shrink(self.norm(self.bend(self.grow(x))))
 
 
+class Twice(Layer):
+    def forward(self, x):
+        return self.bend(self.shrink(self.bend(self.grow(x))))
+
+
 def test_a_users_own_layer_is_read_off_its_source():
     model = nn.Sequential(Layer(), Layer()).eval()
     x = torch.randn(3, 8)
     before = model(x)
     kanformer.patch_model(model)
     assert torch.equal(model(x), before) and model[0].grow.hidden_dropout.p == 0.4 and isinstance(model[0].shrink, nn.Identity)
-    assert structural_spec(LayerWithNorm()) is None
+    assert structural_specs("0", LayerWithNorm()) == structural_specs("0", Twice()) == []

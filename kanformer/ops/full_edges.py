@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kanformer.bases import basis_of
-from kanformer.bases.base import Basis, sum_up
+from kanformer.bases.base import Basis
 from kanformer.ops.backend import run, triton_kernels, wants_compiled
 from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_full_edges, work_dtype
@@ -66,14 +66,16 @@ def spline_gradients(
         grad_coef: Tensor | None = None
         grad_inner = torch.zeros((0,) if inner is None else inner.shape, dtype=dtype, device=x.device)
         for rows in planes.chunks(flat.shape[0]):
-            if needs_coef:
-                grad_coef = _added(grad_coef, grad[rows].t(), planes.values(flat[rows], coef.dtype), dtype)
             if needs_x or inner is not None:
-                piece, part = planes.gradients(flat[rows], torch.mm(grad[rows], matrix))
+                values, piece, part = planes.backward(flat[rows], torch.mm(grad[rows], matrix), coef.dtype if needs_coef else None)
                 if needs_x:
                     grad_x[rows] = piece
                 if inner is not None:
                     grad_inner += part
+            else:
+                values = planes.values(flat[rows], coef.dtype)
+            if values is not None:
+                grad_coef = _added(grad_coef, grad[rows].t(), values, dtype)
         if grad_coef is None:
             grad_coef = torch.zeros(matrix.shape if needs_coef else (0,), dtype=coef.dtype, device=x.device)
         return (
@@ -120,22 +122,25 @@ class _ElementwisePlanes:
         """(tokens, n_basis * in_features) in the dtype of the GEMM."""
         return run(_plane_values, (x, self.constants), (self.basis, dtype), self.compiled).view(x.shape[0], -1)
 
-    def gradients(self, x: Tensor, grad_members: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_c grad_members[:, c, i] * B'[c](x_i), (tokens, in_features), and the gradient of the inner numbers (in_features, n_inner)."""
-        return run(_plane_gradients, (x, grad_members.view(x.shape[0], -1, x.shape[1]), self.constants), (self.basis,), self.compiled)
+    def backward(self, x: Tensor, grad_members: Tensor, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(`values` unless dtype is None, sum_c grad_members[:, c, i] * B'[c](x_i) (tokens, in_features), the gradient of the inner numbers)."""
+        members = grad_members.view(x.shape[0], -1, x.shape[1])
+        values, total, inner = run(_plane_backward, (x, members, self.constants), (self.basis, dtype), self.compiled)
+        return None if dtype is None else values.view(x.shape[0], -1), total, inner
 
 
 def _plane_values(x: Tensor, constants: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
     return torch.stack([plane.to(dtype) for plane in basis.planes(x.to(constants.dtype), constants)], 1)
 
 
-def _plane_gradients(x: Tensor, grad_members: Tensor, constants: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+def _plane_backward(x: Tensor, grad_members: Tensor, constants: Tensor, basis: Basis, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
+    values = x if dtype is None else _plane_values(x, constants, basis, dtype)
     x = x.to(constants.dtype)
-    total = basis.slope(x, grad_members.unbind(1), constants)
+    members = grad_members.unbind(1)
+    total = basis.slope(x, members, constants)
     if not basis.n_inner:
-        return total, total.new_zeros(0)
-    value = sum_up(grad_members[:, c] * plane for c, plane in enumerate(basis.planes(x, constants)))
-    return total, torch.stack([part.sum(0) for part in basis.inner_slopes(x, constants, value)], -1)
+        return values, total, total.new_zeros(0)
+    return values, total, torch.stack([part.sum(0) for part in basis.inner_slopes(x, constants, basis.value(x, members, constants))], -1)
 
 
 def _planes(x: Tensor, grid: Tensor, inner: Tensor | None, spec: str, compiled: bool) -> _ElementwisePlanes | SplinePlanes:

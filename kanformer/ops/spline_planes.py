@@ -26,22 +26,27 @@ class SplinePlanes:
     def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, n_basis * in_features) in the dtype of the GEMM."""
         window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        local = torch.stack(local_members(u, self.order), 1)
-        padded = local.new_zeros(x.shape[0], self.basis.n_basis + 2 * self.pad, self.features)
-        padded.scatter_(1, self._members(window), local)
-        return padded[:, self.pad : self.pad + self.basis.n_basis].reshape(x.shape[0], -1).to(dtype)
+        return self._scattered(self._members(window), u, dtype)
 
-    def gradients(self, x: Tensor, grad_members: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_c grad_members[:, c, i] * B'[c](x_i), (tokens, in_features), and nothing: splines have no inner numbers."""
+    def backward(self, x: Tensor, grad_members: Tensor, dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(`values` unless dtype is None, sum_c grad_members[:, c, i] * B'[c](x_i) (tokens, in_features), nothing: splines have no inner numbers)."""
         window, u = locate(x.to(self.dtype), self.lo, self.per_unit, self.basis)
-        padded = torch.nn.functional.pad(grad_members.to(self.dtype).view(x.shape[0], -1, self.features), (0, 0, self.pad, self.pad))
-        active = padded.gather(1, self._members(window))
+        members = self._members(window)
+        values = None if dtype is None else self._scattered(members, u, dtype)
         if self.order == 0:
-            return (u - u), u.new_empty(0)
+            return values, u - u, u.new_empty(0)
+        padded = torch.nn.functional.pad(grad_members.to(self.dtype).view(x.shape[0], -1, self.features), (0, 0, self.pad, self.pad))
+        active = padded.gather(1, members)
         steps, total = active[:, 1:] - active[:, :-1], torch.zeros_like(u)  # de Boor: differences, and members of one degree less
         for r, member in enumerate(local_members(u, self.order - 1)):
             total.addcmul_(steps[:, r], member)
-        return total.mul_(self.per_unit), total.new_empty(0)
+        return values, total.mul_(self.per_unit), total.new_empty(0)
+
+    def _scattered(self, members: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+        local = torch.stack(local_members(u, self.order), 1)
+        padded = local.new_zeros(u.shape[0], self.basis.n_basis + 2 * self.pad, self.features)
+        padded.scatter_(1, members, local)
+        return padded[:, self.pad : self.pad + self.basis.n_basis].reshape(u.shape[0], -1).to(dtype)
 
     def _members(self, window: Tensor) -> Tensor:
         return window.unsqueeze(1) + torch.arange(self.order + 1, device=window.device).view(1, -1, 1)

@@ -12,7 +12,7 @@ from kanformer.surgery.architectures import all_specs
 from kanformer.surgery.modules import is_conv1d
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
-from kanformer.surgery.structure import structural_spec
+from kanformer.surgery.structure import structural_specs
 
 _LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|expert", re.IGNORECASE)
 
@@ -27,11 +27,8 @@ def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list
     patterns = [(re.compile(spec.owner), spec) for spec in known]
     sites = []
     for path, module in model.named_modules():
-        spec = next((spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)), None)
-        if spec is None and not specs:
-            spec = structural_spec(module)
-        if spec is not None:
-            sites.append(Site(model, path, spec))
+        found = [spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)][:1]
+        sites += [Site(model, path, spec) for spec in found or ([] if specs else structural_specs(path, module))]
     if not sites:
         raise NoFeedForwardError(
             "find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC

@@ -82,9 +82,11 @@ class Site:
         """Why this block cannot be replaced, or None."""
         for path in self.spec.parts:
             try:
-                self.part(path)
+                part = self.part(path)
             except AttributeError:
                 return f"has no {path}"
+            if isinstance(part, nn.Parameter):
+                return f"{path} holds the weights of all experts in one tensor {tuple(part.shape)}; fused experts are not replaced yet"
         return self._problem_of_linears() or self._problem_of_activation()
 
     def _problem_of_linears(self) -> str | None:

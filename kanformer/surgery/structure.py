@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import functools
 import inspect
@@ -42,21 +43,57 @@ _PLAIN = (  # up, down
     ("ffw_layer_1", "ffw_layer_2"),
 )
 _FUSED = (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear"), ("fc1", "fc2"), ("fc1.proj", "fc2"))  # gate and up in one, down
+_LIKELY = re.compile(r"mlp|ffn|feed_?forward|^ff$", re.IGNORECASE)
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
 
 
-def structural_spec(module: nn.Module) -> FFNSpec | None:
-    """What this module would be as a feed-forward block, or None if it does not look like one."""
-    return _split(module) or _module(module) or _inline(module)
+def structural_specs(path: str, module: nn.Module) -> list[FFNSpec]:
+    """What the module at `path` would be as a feed-forward block: one spec as a rule, none if it does not look like one."""
+    found = [_split(module, "intermediate", "output"), _split(module, "intermediate_query", "output_query")]
+    specs = [spec for spec in found if spec is not None]
+    if specs:
+        return specs
+    spec = _sequence(path, module) or _module(module) or _experts(module) or _inline(module)
+    return [] if spec is None else [spec]
 
 
-def _split(module: nn.Module) -> FFNSpec | None:
-    parts = {"up": "intermediate.dense", "activation": "intermediate.intermediate_act_fn", "down": "output.dense"}
-    if not _maps(module, parts["up"], parts["down"]) or not callable(_get(module, parts["activation"])):
+def _split(module: nn.Module, first: str, second: str) -> FFNSpec | None:
+    activation = next((f"{first}.{name}" for name in ("intermediate_act_fn", "activation") if callable(_get(module, f"{first}.{name}"))), None)
+    if activation is None or not _maps(module, f"{first}.dense", f"{second}.dense"):
         return None
-    if len(list(module.intermediate.parameters())) != len(list(module.intermediate.dense.parameters())):  # type: ignore[union-attr,operator]
+    inner = get_path(module, first)
+    if len(list(inner.parameters())) != len(list(inner.dense.parameters())):
         return None
-    return FFNSpec(name="intermediate-output", owner=_own(module), slot="intermediate", identities=("output.dense",), **parts)
+    parts = {"up": f"{first}.dense", "activation": activation, "down": f"{second}.dense"}
+    return FFNSpec(name=f"{first}-{second}", owner=_own(module), slot=first, identities=(f"{second}.dense",), **parts)
+
+
+def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
+    """An nn.Sequential of map, activation, perhaps dropout, map, that is called a feed-forward block by whoever holds it."""
+    if type(module) is not nn.Sequential or not _LIKELY.search(path.rpartition(".")[2]) or not 3 <= len(module) <= 5:
+        return None
+    dropouts = [str(i) for i, child in enumerate(module) if isinstance(child, nn.Dropout)]
+    up, activation, *rest = [str(i) for i, child in enumerate(module) if not isinstance(child, nn.Dropout)]
+    if (up, activation) != ("0", "1") or len(rest) != 1 or not _maps(module, up, rest[0]) or not _is_activation(module, activation):
+        return None
+    between, after = ([name for name in dropouts if (name < rest[0]) == before] for before in (True, False))
+    return FFNSpec(
+        name="sequence",
+        owner="Sequential",
+        up=up,
+        activation=activation,
+        down=rest[0],
+        hidden_dropout=next(iter(between), None),
+        output_dropout=next(iter(after), None),
+    )
+
+
+def _experts(module: nn.Module) -> FFNSpec | None:
+    """Fused experts, weights (experts, out, in): named in plans, so that nobody believes them replaced."""
+    for up, down in (("gate_up_proj", "down_proj"), ("up_proj", "down_proj")):
+        if all(isinstance(_get(module, name), nn.Parameter) and get_path(module, name).dim() == 3 for name in (up, down)):
+            return FFNSpec(name="experts", owner=_own(module), up=up, activation="act_fn", down=down)
+    return None
 
 
 def _module(module: nn.Module) -> FFNSpec | None:
@@ -87,13 +124,17 @@ def _of_its_own(module: nn.Module, spec: FFNSpec) -> FFNSpec | None:
 
 def _inline(module: nn.Module) -> FFNSpec | None:
     """A layer that calls up, activation, perhaps dropout, and down one after the other."""
-    for calls in _calls(type(module)):
+    methods = _calls(type(module))
+    times = collections.Counter(name for calls in methods for name in calls)
+    for calls in methods:
         for first in range(len(calls) - 2):
             up, activation, *rest = calls[first : first + 4]
             dropout = rest[0] if _is_dropout(module, rest[0]) else None
             down = rest[1] if dropout and len(rest) > 1 else rest[0]
             if not _maps(module, up, down) or not _is_activation(module, activation):
                 continue
+            if any(times[name] > 1 for name in (up, activation, down)):
+                continue  # a part that is called elsewhere too must not become an identity
             kept = (activation, down)
             return FFNSpec(
                 name=f"{up}-{down}",
