@@ -40,6 +40,8 @@ MODELS = {  # config, inputs, (dropout between the maps, dropout at the end), wh
     "led": (tf.LEDConfig(vocab_size=100, attention_window=4, **LED, **FFN), BOTH, (0.3, 0.0), True),
     "xglm": (tf.XGLMConfig(vocab_size=100, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, activation_dropout=0.2), TEXT, (0.2, 0.0), True),
     "ctrl": (tf.CTRLConfig(vocab_size=100, n_embd=32, dff=48, n_layer=2, n_head=4), TEXT, (0.0, 0.0), True),
+    "esm": (tf.EsmConfig(**SMALL, pad_token_id=1, mask_token_id=4, emb_layer_norm_before=False), TEXT, (0.0, 0.0), False),
+    "lfm2": (tf.Lfm2Config(**GROUPED, layer_types=["full_attention", "conv"]), TEXT, (0.0, 0.0), True),
     "swin": (tf.SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4), PIXELS, (0.0, 0.0), True),
     "convnext": (tf.ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2), PIXELS, (0.0, 0.0), True),
 }
@@ -97,6 +99,12 @@ def test_every_block_learns_and_the_gradients_are_those_of_the_original(name):
     assert blocks and all(parameter.grad is not None for block in blocks for parameter in block.spline_parameters())
 
 
+def test_a_second_argument_that_the_block_did_not_take_is_not_swallowed():
+    block = kanformer.patch_model(build("t5")).encoder.block[0].layer[1].DenseReluDense
+    with pytest.raises(TypeError, match="second argument"):
+        block(torch.randn(1, 2, 32), torch.randn(1, 2, 32))
+
+
 def test_a_frozen_fused_map_stays_frozen():
     model = build("phi3")
     model.layers[0].mlp.gate_up_proj.weight.requires_grad_(False)
@@ -149,6 +157,11 @@ class Layer(nn.Module):
         return x + self.shrink(h)
 
 
+class Scaled(Layer):
+    def forward(self, x):
+        return x + self.shrink(2 * self.bend(self.grow(x)))
+
+
 class LayerWithNorm(Layer):
     def forward(self, x):
         return x + self.shrink(self.norm(self.bend(self.grow(x))))
@@ -165,4 +178,4 @@ def test_a_users_own_layer_is_read_off_its_source():
     before = model(x)
     kanformer.patch_model(model)
     assert torch.equal(model(x), before) and model[0].grow.hidden_dropout.p == 0.4 and isinstance(model[0].shrink, nn.Identity)
-    assert structural_specs("0", LayerWithNorm()) == structural_specs("0", Twice()) == []
+    assert structural_specs("0", LayerWithNorm()) == structural_specs("0", Scaled()) == structural_specs("0", Twice()) == []

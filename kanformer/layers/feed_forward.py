@@ -35,7 +35,8 @@ class KANFeedForward(nn.Module):
         config: the edges, basis and grid; None means `KANConfig()`.
         hidden_dropout, output_dropout: probabilities, after the hidden channels and after the down map.
 
-    Shapes: input and output (..., in_features); `residual`, if given to forward, is added to the output (some families' blocks do that themselves).
+    Shapes: input and output (..., in_features). With `takes_residual` set,
+        forward takes a second tensor and adds it to the output (some families' blocks do that).
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class KANFeedForward(nn.Module):
         check_sizes(self, in_features=in_features, hidden_features=hidden_features)
         self.in_features, self.hidden_features = in_features, hidden_features
         self.gated, self.edges = gated, config.edges
+        self.takes_residual = False
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("basis", "grid_size", "spline_order", "grid_range", "knots", "extrapolation")
         full: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -104,6 +106,8 @@ class KANFeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         check_input(self, x, self.in_features)
+        if residual is not None and not self.takes_residual:
+            raise TypeError(f"{type(self).__name__} was given a second argument, which the block in whose place it stands did not take when it was patched")
         y = self.output_dropout(self.kan_down(self.hidden_dropout(self.hidden(x))))
         return y if residual is None else residual + y
 

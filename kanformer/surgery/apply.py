@@ -163,6 +163,7 @@ def _check_complete(plan: SurgeryPlan) -> None:
 def _build(site: Site, config: KANConfig, statistics: FFNStatistics | None) -> KANFeedForward:
     slot = site.part(site.spec.slot) if site.spec.slot else site.owner
     block = convert(site.dense(), config, statistics)
+    block.takes_residual = site.spec.residual is not None
     add_sentinel(block, site.spec)
     _keep_state(site, slot, block)
     return block

@@ -167,7 +167,7 @@ def _describe(site: Site, config: KANConfig) -> PlannedBlock:
 
 
 def _activation_name(site: Site) -> str:
-    activation = site.part(site.spec.activation)
+    activation = site.activation
     name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "function")
     return name.removesuffix("Activation")
 

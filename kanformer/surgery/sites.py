@@ -54,6 +54,12 @@ class Site:
         return self.part(self.spec.gate) if self.spec.gate else None
 
     @property
+    def activation(self) -> Any:
+        """The block's activation, a module or function."""
+        name = self.spec.activation
+        return base_function(name[1:]) if name.startswith("=") else self.part(name)
+
+    @property
     def linears(self) -> dict[str, nn.Module]:
         """The linear maps by path from the owner."""
         return {path: self.part(path) for path in (self.spec.gate, self.spec.up, self.spec.down) if path}
@@ -71,7 +77,7 @@ class Site:
             up_bias,
             down_weight,
             down_bias,
-            base_function(copy.deepcopy(self.part(self.spec.activation))),  # a module of its own, with no hook of the owner's
+            base_function(copy.deepcopy(self.activation)),  # a module of its own, with no hook of the owner's
             gate_weight,
             gate_bias,
             hidden_dropout=_probability(self, self.spec.hidden_dropout),
@@ -111,7 +117,7 @@ class Site:
         return None
 
     def _problem_of_activation(self) -> str | None:
-        activation = self.part(self.spec.activation)
+        activation = self.activation
         if not callable(activation):
             return f"{self.spec.activation} is not callable"
         if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:

@@ -17,7 +17,7 @@ class FFNSpec:
         name: for plans and messages.
         owner: regular expression that the whole class name of the owner must match.
         up, down: paths from the owner to the two linear maps (for a gated block `up` is the factor without activation).
-        activation: path to the activation, a module or function.
+        activation: path to the activation, a module or function; "=name" for one that the owner's forward calls by itself (see `base_function`).
         gate: path to the map that the activation reads, for a gated block.
         slot: path to the module whose place the KAN-FFN takes; "" is the owner itself.
         identities: paths of the other parts, which become `nn.Identity`.
@@ -51,7 +51,8 @@ class FFNSpec:
     @property
     def parts(self) -> tuple[str, ...]:
         """Paths that must exist in the owner."""
-        return tuple(path for path in (self.gate, self.up, self.activation, self.down, self.hidden_dropout, self.output_dropout) if path)
+        paths = (self.gate, self.up, self.activation, self.down, self.hidden_dropout, self.output_dropout)
+        return tuple(path for path in paths if path and not path.startswith("="))
 
     @property
     def sentinel(self) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
-import functools
 import inspect
 import re
-import textwrap
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
+from kanformer.layers.base_functions import base_function
 from kanformer.surgery.modules import get_path, is_conv1d, is_linear, linear_tensors
 from kanformer.surgery.sites import Site
+from kanformer.surgery.source import calls_of, chains_of
 from kanformer.surgery.spec import FFNSpec
 
 _GATED = (  # gate (which the activation reads), up, down
@@ -43,6 +41,7 @@ _PLAIN = (  # up, down
     ("ffw_layer_1", "ffw_layer_2"),
 )
 _FUSED = (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear"), ("fc1", "fc2"), ("fc1.proj", "fc2"))  # gate and up in one, down
+_NAMED = ("=silu", "=gelu", "=gelu_tanh", "=relu")
 _LIKELY = re.compile(r"mlp|ffn|feed_?forward|^ff$", re.IGNORECASE)
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
 
@@ -59,13 +58,30 @@ def structural_specs(path: str, module: nn.Module) -> list[FFNSpec]:
 
 def _split(module: nn.Module, first: str, second: str) -> FFNSpec | None:
     activation = next((f"{first}.{name}" for name in ("intermediate_act_fn", "activation") if callable(_get(module, f"{first}.{name}"))), None)
-    if activation is None or not _maps(module, f"{first}.dense", f"{second}.dense"):
+    if not _maps(module, f"{first}.dense", f"{second}.dense"):
         return None
     inner = get_path(module, first)
+    activation = activation or _named_activation(inner)
+    if activation is None:
+        return None
     if len(list(inner.parameters())) != len(list(inner.dense.parameters())):
         return None
     parts = {"up": f"{first}.dense", "activation": activation, "down": f"{second}.dense"}
     return FFNSpec(name=f"{first}-{second}", owner=_own(module), slot=first, identities=(f"{second}.dense",), **parts)
+
+
+def _named_activation(inner: nn.Module) -> str | None:
+    """Which function a module applies after its `dense`, found by running it."""
+    weight = get_path(inner, "dense.weight")
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        return None
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        try:
+            actual, before = inner(x), inner.dense(x)  # type: ignore[operator]
+        except Exception:
+            return None
+        return next((name for name in _NAMED if torch.allclose(actual, base_function(name[1:])(before), rtol=1e-4, atol=1e-6)), None)
 
 
 def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
@@ -73,7 +89,8 @@ def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
     if type(module) is not nn.Sequential or not _LIKELY.search(path.rpartition(".")[2]) or not 3 <= len(module) <= 5:
         return None
     dropouts = [str(i) for i, child in enumerate(module) if isinstance(child, nn.Dropout)]
-    up, activation, *rest = [str(i) for i, child in enumerate(module) if not isinstance(child, nn.Dropout)]
+    up, activation, *rest = [str(i) for i, child in enumerate(module) if not isinstance(child, nn.Dropout | nn.Identity)] + [""] * 2
+    rest = [name for name in rest if name]
     if (up, activation) != ("0", "1") or len(rest) != 1 or not _maps(module, up, rest[0]) or not _is_activation(module, activation):
         return None
     between, after = ([name for name in dropouts if (name < rest[0]) == before] for before in (True, False))
@@ -97,9 +114,7 @@ def _experts(module: nn.Module) -> FFNSpec | None:
 
 
 def _module(module: nn.Module) -> FFNSpec | None:
-    activation = next((name for name in _ACTIVATIONS if callable(_get(module, name))), None)
-    if activation is None:
-        return None
+    activation = next((name for name in _ACTIVATIONS if callable(_get(module, name))), "=silu")
     for gate, up, down in (*_GATED, *((None, up, down) for up, down in _PLAIN)):
         if _maps(module, up, down) and (not gate or _maps(module, gate, down)):
             return _of_its_own(module, FFNSpec(name=f"{up}-{down}", owner=_own(module), gate=gate, up=up, activation=activation, down=down))
@@ -118,34 +133,39 @@ def _of_its_own(module: nn.Module, spec: FFNSpec) -> FFNSpec | None:
     linears = {get_path(module, name) for name in (spec.gate, spec.up, spec.down) if name}
     if any(isinstance(child, nn.Linear) or is_conv1d(child) for child in module.modules() if child not in linears):
         return None
+    if spec.activation.startswith("="):  # called as a function, which only running the block can tell
+        tried = [dataclasses.replace(spec, activation=name) for name in _NAMED]
+        right = next((each for each in tried if Site(module, "", each).problem() is None and not Site(module, "", each).disagreement()), None)
+        if right is None or get_path(module, spec.up).weight.is_meta:
+            return None
+        spec = right
     hidden, output = _dropouts(module, spec.up, spec.down)
     return dataclasses.replace(spec, hidden_dropout=hidden, output_dropout=output)
 
 
 def _inline(module: nn.Module) -> FFNSpec | None:
-    """A layer that calls up, activation, perhaps dropout, and down one after the other."""
-    methods = _calls(type(module))
-    times = collections.Counter(name for calls in methods for name in calls)
-    for calls in methods:
-        for first in range(len(calls) - 2):
-            up, activation, *rest = calls[first : first + 4]
-            dropout = rest[0] if _is_dropout(module, rest[0]) else None
-            down = rest[1] if dropout and len(rest) > 1 else rest[0]
-            if not _maps(module, up, down) or not _is_activation(module, activation):
-                continue
-            if any(times[name] > 1 for name in (up, activation, down)):
-                continue  # a part that is called elsewhere too must not become an identity
-            kept = (activation, down)
-            return FFNSpec(
-                name=f"{up}-{down}",
-                owner=_own(module),
-                up=up,
-                activation=activation,
-                down=down,
-                slot=up,
-                identities=kept,
-                hidden_dropout=dropout.removeprefix("p=") if dropout else None,
-            )
+    """A layer whose methods hand a value from up to activation, perhaps to dropout, and to down, with nothing in between."""
+    times = collections.Counter(name for calls in calls_of(type(module)) for name in calls)
+    for chain in chains_of(type(module)):
+        steps = list(chain)
+        dropout = steps.pop(-2) if len(steps) > 3 and _is_dropout(module, steps[-2]) else None
+        if len(steps) < 3:
+            continue
+        up, activation, down = steps[-3:]
+        if not _maps(module, up, down) or not _is_activation(module, activation):
+            continue
+        if any(times[name] > 1 for name in (up, activation, down)):
+            continue  # a part that is called elsewhere too must not become an identity
+        return FFNSpec(
+            name=f"{up}-{down}",
+            owner=_own(module),
+            up=up,
+            activation=activation,
+            down=down,
+            slot=up,
+            identities=(activation, down),
+            hidden_dropout=dropout.removeprefix("p=") if dropout else None,
+        )
     return None
 
 
@@ -183,7 +203,7 @@ def _is_dropout(module: nn.Module, name: str) -> bool:
 
 def _dropouts(module: nn.Module, up: str, down: str) -> tuple[str | None, str | None]:
     """(the dropout between up and down, the dropout after down): functional ones by the source, modules by watching a pass over zeros."""
-    for calls in _calls(type(module)):
+    for calls in calls_of(type(module)):
         if up in calls and down in calls and any(call.startswith("p=") for call in calls):
             between, after = calls[calls.index(up) : calls.index(down)], calls[calls.index(down) :]
             found = [next((call[2:] for call in part if call.startswith("p=") and _is_dropout(module, call)), None) for part in (between, after)]
@@ -208,29 +228,3 @@ def _dropouts(module: nn.Module, up: str, down: str) -> tuple[str | None, str | 
         return None, None
     between, after = order[order.index(up) + 1 : order.index(down)], order[order.index(down) + 1 :]
     return next(iter(between), None), next(iter(after), None)
-
-
-@functools.cache
-def _calls(cls: type) -> tuple[tuple[str, ...], ...]:
-    """For each method of a class, the names called on self, in the order in which they run; `p=name` is a functional dropout with that probability."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__"]
-    return tuple(found for found in (tuple(_called(method)) for method in methods) if len(found) >= 3)
-
-
-def _called(node: ast.AST) -> Iterator[str]:
-    if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
-        yield from _called(node.value) if node.value is not None else ()
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from _called(child)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
-            yield node.func.attr
-        elif node.func.attr == "dropout":
-            probability = next((word.value for word in node.keywords if word.arg == "p"), None)
-            if isinstance(probability, ast.Attribute):
-                yield f"p={probability.attr}"
