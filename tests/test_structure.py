@@ -142,6 +142,11 @@ def test_sequences_that_are_called_feed_forward():
     assert isinstance(model["head"], nn.Sequential)
 
 
+def test_a_norm_before_the_map_of_a_split_block_is_seen():
+    plan = kanformer.plan_surgery(tf.AutoModel.from_config(tf.RobertaPreLayerNormConfig(**SMALL)))
+    assert not plan.blocks and len(plan.refusals) == 2 and all("more than act(up(x))" in refusal.reason for refusal in plan.refusals)
+
+
 class Layer(nn.Module):
     """A layer that calls the parts of its block one by one."""
 

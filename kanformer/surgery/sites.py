@@ -127,19 +127,21 @@ class Site:
     def disagreement(self) -> str | None:
         """What the block computes besides its parts, found by running it on three random tokens; None if nothing.
 
-        Blocks on the meta device, inline blocks and blocks with hooks are taken at their word.
+        Of a split block only the first half is run. Blocks on the meta device, inline blocks and blocks with hooks are taken at their word.
         """
         weight = linear_tensors(self.up)[0]
-        if weight.is_meta or self.spec.structure != "module" or _has_hooks(self.owner):
+        if weight.is_meta or self.spec.structure == "inline" or _has_hooks(self.owner):
             return None
+        split = self.spec.structure == "split"
         generator = torch.Generator().manual_seed(0)
         x, residual = torch.randn(2, 1, 3, weight.shape[1], generator=generator).to(device=weight.device, dtype=weight.dtype)
         flags = {module: module.training for module in self.owner.modules()}
         try:
             self.owner.eval()
             with torch.no_grad():
-                expected = self.dense().output(x)
-                actual = self.owner(x, residual) - residual if self.spec.residual else self.owner(x)
+                expected = self.dense().hidden(x) if split else self.dense().output(x)
+                run = self.part(self.spec.slot) if split else self.owner
+                actual = run(x, residual) - residual if self.spec.residual else run(x)
         except Exception as error:
             return f"its forward could not be run on hidden states alone ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         finally:
@@ -150,7 +152,8 @@ class Site:
         tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
         scale = expected.abs().max().clamp(min=1e-6)
         if not bool(((actual - expected).abs().max() <= tolerance * scale) | (~torch.isfinite(expected)).any()):
-            return f"its forward does more than down(act(up(x))): outputs differ by {float((actual - expected).abs().max() / scale):.1e} of their size"
+            off = float((actual - expected).abs().max() / scale)
+            return f"its forward does more than {'act(up(x))' if split else 'down(act(up(x)))'}: outputs differ by {off:.1e} of their size"
         return None
 
 

@@ -64,8 +64,8 @@ def _split(module: nn.Module, first: str, second: str) -> FFNSpec | None:
     activation = activation or _named_activation(inner)
     if activation is None:
         return None
-    if len(list(inner.parameters())) != len(list(inner.dense.parameters())):
-        return None
+    if inner.dense.weight.is_meta and len(list(inner.parameters())) != len(list(inner.dense.parameters())):
+        return None  # more than a map, and nothing to run it on
     parts = {"up": f"{first}.dense", "activation": activation, "down": f"{second}.dense"}
     return FFNSpec(name=f"{first}-{second}", owner=_own(module), slot=first, identities=(f"{second}.dense",), **parts)
 

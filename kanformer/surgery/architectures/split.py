@@ -5,7 +5,7 @@ from kanformer.surgery.spec import FFNSpec
 SPECS = (
     FFNSpec(
         name="bert",
-        owner=r"(Bert|Roberta|RobertaPreLayerNorm|XLMRoberta|XLMRobertaXL|Camembert|Electra|Ernie|Data2VecText|BertGeneration|MegatronBert|LayoutLM|Splinter)Layer",
+        owner=r"(Bert|Roberta|XLMRoberta|XLMRobertaXL|Camembert|Electra|Ernie|Data2VecText|BertGeneration|MegatronBert|LayoutLM|Splinter)Layer",
         up="intermediate.dense",
         activation="intermediate.intermediate_act_fn",
         down="output.dense",
