@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the factory of tiny models lives with the tests
+os.environ["HF_HUB_OFFLINE"] = "1"  # some configs would ask the hub for a backbone
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("KANFORMER_BACKEND", "eager")
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import os
+import resource
 import threading
 import warnings
 from collections import Counter
@@ -22,8 +22,10 @@ import kanformer
 from architecture_check import CRASH, DIFFERS, EQUAL, NOT_BUILDABLE, NOT_FOUND, REFUSED, Result, check
 
 _PACKAGES = ("bases", "ops", "layers", "conversion", "surgery")
+_OWN = ("sizes", "inputs", "factory", "scan", "check")
 _RENEW_AFTER = 40  # types per process: modules and compiled code pile up
 _START_SECONDS = 120
+_MEMORY = 8 << 30  # bytes a process may map: random durations can ask for any length of sound
 _INTRODUCTION = """# Architectures
 
 Every model type of transformers that can be built from a tiny config and run on a CPU: is each feed-forward block replaced with the output unchanged,
@@ -41,7 +43,8 @@ blocks by the shapes of their weights and are not in the plan (projectors, gates
 def sources() -> str:
     """A hash of what decides a result: the parts of kanformer that patch, and the files here that build and compare."""
     root, here = Path(kanformer.__file__).parent, Path(__file__).parent
-    files = [file for name in _PACKAGES for file in (root / name).rglob("*.py")] + [root / "config.py", *here.glob("architecture_*.py")]
+    own = [here / f"architecture_{name}.py" for name in _OWN]
+    files = [root / "config.py", *own, *(file for name in _PACKAGES for file in (root / name).rglob("*.py"))]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -69,7 +72,7 @@ def sweep(types: Iterable[str], cache: Path, *, refresh: bool = False, workers: 
         result = local.worker.check(model_type)
         with lock, cache.open("a") as file:
             known[model_type] = result
-            file.write(json.dumps({"transformers": transformers.__version__, "sources": sources(), **dataclasses.asdict(result)}) + "\n")
+            file.write(json.dumps({"transformers": transformers.__version__, "sources": local.worker.sources, **dataclasses.asdict(result)}) + "\n")
             print(f"{len(known)}: {model_type}: {result.status}{': ' if result.reason else ''}{result.reason[:100]}", flush=True)
 
     try:
@@ -92,12 +95,17 @@ def read(cache: Path) -> dict[str, Result]:
 
 
 class _Worker:
-    """A process that checks one type after the other; replaced when it is stuck, has died or has done enough."""
+    """A process that checks one type after the other; replaced when it is stuck, has died or has done enough.
+
+    Attributes:
+        sources: the hash of the files as the process found them, which someone may be editing.
+    """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.process: multiprocessing.process.BaseProcess | None = None
         self.done = 0
+        self.sources = sources()
 
     def check(self, model_type: str) -> Result:
         if self.process is None or not self.process.is_alive() or self.done >= _RENEW_AFTER:
@@ -126,7 +134,7 @@ class _Worker:
         other.close()
         self.done = 0
         if self.connection.poll(_START_SECONDS):
-            self.connection.recv()
+            self.sources = self.connection.recv()
 
     def stop(self) -> None:
         if self.process is not None:
@@ -136,15 +144,15 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers.utils import logging
 
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    connection.send("ready")
+    connection.send(sources())
     while True:
         connection.send(check(connection.recv(), connection.send))
 

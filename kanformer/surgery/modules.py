@@ -50,12 +50,12 @@ def layer_number(path: str) -> int | None:
 def mark_initialized(root: nn.Module, path: str, block: nn.Module) -> None:
     """Tells transformers' weight initialisation to leave a new block alone, and not to reach into it from its ancestors.
 
-    An ancestor with buffers that are not saved is not told: after loading only its initialisation fills them.
+    An ancestor with buffers that are not saved, its own or further down, is not told: after loading only its initialisation fills them.
     """
     for module in block.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
     names = path.split(".")
     for depth in range(len(names)):
         ancestor = get_path(root, ".".join(names[:depth]))
-        if not ancestor._non_persistent_buffers_set:
+        if not any(module._non_persistent_buffers_set for module in ancestor.modules()):
             ancestor._is_hf_initialized = True
