@@ -167,6 +167,13 @@ class Scaled(Layer):
         return x + self.shrink(2 * self.bend(self.grow(x)))
 
 
+class Annotated(Layer):
+    def forward(self, x):
+        h = self.bend(self.grow(x))
+        h: torch.Tensor = 2 * h
+        return x + self.shrink(h)
+
+
 class LayerWithNorm(Layer):
     def forward(self, x):
         return x + self.shrink(self.norm(self.bend(self.grow(x))))
@@ -183,4 +190,6 @@ def test_a_users_own_layer_is_read_off_its_source():
     before = model(x)
     kanformer.patch_model(model)
     assert torch.equal(model(x), before) and model[0].grow.hidden_dropout.p == 0.4 and isinstance(model[0].shrink, nn.Identity)
-    assert structural_specs("0", LayerWithNorm()) == structural_specs("0", Scaled()) == structural_specs("0", Twice()) == []
+    assert (
+        structural_specs("0", LayerWithNorm()) == structural_specs("0", Scaled()) == structural_specs("0", Annotated()) == structural_specs("0", Twice()) == []
+    )

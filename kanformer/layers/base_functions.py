@@ -62,12 +62,15 @@ def normal_quantiles(points: int = 4096) -> Tensor:
 
 
 @torch.no_grad()
+def base_values(base: nn.Module, x: Tensor) -> Tensor:
+    """b(x) in float64, computed in the dtype and on the device of the base's own numbers if it has any, else in float32."""
+    parameter = next(base.parameters(), None)
+    return base(x.float() if parameter is None else x.to(parameter)).to(x)
+
+
+@torch.no_grad()
 def second_moment(base: nn.Module) -> float:
     """E[b(z)^2] for z ~ N(0, 1): what the variance-preserving initialisation divides by."""
-    z = normal_quantiles().float()
-    parameter = next(base.parameters(), None)
-    if parameter is not None:
-        if parameter.is_meta:
-            return 1.0  # nothing is initialised on the meta device
-        z = z.to(parameter)
-    return max(float(base(z).double().square().mean()), 1e-6)
+    if any(parameter.is_meta for parameter in base.parameters()):
+        return 1.0  # nothing is initialised on the meta device
+    return max(float(base_values(base, normal_quantiles()).square().mean()), 1e-6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, did_you_mean
-from kanformer.layers.base_functions import BaseFunction, base_function, normal_quantiles
+from kanformer.layers.base_functions import BaseFunction, base_function, base_values, normal_quantiles
 
 if TYPE_CHECKING:
     from kanformer.layers.grids import GridModule
@@ -54,9 +54,7 @@ def _fit(module: GridModule, function: Callable[[Tensor], Tensor]) -> None:
     grids, place = torch.unique(module.kan_grid.detach().cpu().double(), dim=0, return_inverse=True)  # the same fit for the same grid
     lo, hi = module.basis.grid_bounds(grids)
     x = lo + (hi - lo) * torch.linspace(0, 1, _POINTS, dtype=torch.float64).unsqueeze(-1)
-    parameter = next(module.base.parameters(), None)
-    like = x.float() if parameter is None else x.to(parameter)
-    y = (function(x) - module.base(like).to(x)).to(x)
+    y = (function(x) - base_values(module.base, x)).to(x)
     inner = module.basis.fit_inner(y, x, grids)
     coef = module.basis.fit(y, x, grids, inner)
     if inner is not None and module.kan_inner is not None:

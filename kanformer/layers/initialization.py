@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kanformer.layers.base_functions import normal_quantiles, second_moment
+from kanformer.layers.base_functions import base_values, normal_quantiles, second_moment
 
 _FEW = 16  # inputs below which rows that sum to zero would be too much alike
 _ORTHOGONAL = 1024  # widths up to which rows are made orthogonal: above, random rows nearly are, and a QR would take seconds
@@ -42,8 +42,7 @@ def preserve_variance_(weight: Tensor, base: nn.Module, variance: float = 1.0) -
 def _output_variance(base: nn.Module, inputs: int) -> float:
     """Var[b(z)] for z that is a sum of `inputs` independent b(normal), scaled to variance 1."""
     z = normal_quantiles()
-    parameter = next(base.parameters(), None)
-    value = base(z.float() if parameter is None else z.to(parameter)).double()
+    value = base_values(base, z)
     squares = (value - value.mean()).square()
     variance = max(float(squares.mean()), 1e-6)
     kurtosis = 3 / inputs * (float(squares.square().mean()) / variance**2 - 3)

@@ -13,7 +13,7 @@ from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, 
 from kanformer.ops.reference import reference_edge_functions, work_dtype
 from kanformer.ops.registration import direct_function, filled, register_gradients
 from kanformer.ops.spline_table import table_gradients, table_values
-from kanformer.ops.uniform import chunk_rows, has_table
+from kanformer.ops.uniform import chunk_rows, has_table, row_slices
 
 _SUM_ROWS = 2**16  # tokens whose gradients one kernel adds up: float32 sums stay short
 
@@ -33,12 +33,13 @@ def edge_functions(
         base: an elementwise module; start is then base(x).
     """
     training = needs_gradient(x, start, coef, inner)
-    apart = plain_wanted() or operators_wanted(x)
+    plain = plain_wanted()
+    apart = plain or operators_wanted(x)
     compiled = not apart and wants_compiled(x, training) and triton_kernels(x, basis) is None
     fused = fused_base(base, x, coef) if compiled else None
     if base is not None and fused is None:
         start = base(x)
-    if plain_wanted():
+    if plain:
         return reference_edge_functions(x, coef, grid, basis, inner, start)
     if apart:
         return _edge_functions(x, start, coef, grid, inner, basis.spec, training)
@@ -91,7 +92,7 @@ def _backward(
         spread, constants = _per_channel(flat, coef, grid, inner, basis, dtype)
         pieces = [
             run(_gradients, (flat[rows], flat_grad[rows], spread, constants), (basis, base), compiled)
-            for rows in (_slices(len(flat), _SUM_ROWS) if compiled else _chunks(flat, basis))
+            for rows in (row_slices(len(flat), _SUM_ROWS) if compiled else _chunks(flat, basis))
         ]
         sums = torch.stack([part for _, part in pieces]).sum(0) if pieces else constants.new_zeros(basis.n_basis + basis.n_inner, flat.shape[1])
         per_group = sums.view(sums.shape[0], coef.shape[0], -1).sum(-1).t()
@@ -144,11 +145,7 @@ def _per_channel(x: Tensor, coef: Tensor, grid: Tensor, inner: Tensor | None, ba
 
 
 def _chunks(x: Tensor, basis: Basis) -> list[slice]:
-    return _slices(len(x), chunk_rows(x.shape[1] * (basis.n_basis + 4) * 8))
-
-
-def _slices(rows: int, step: int) -> list[slice]:
-    return [slice(start, start + step) for start in range(0, rows, step)]
+    return row_slices(len(x), chunk_rows(x.shape[1] * (basis.n_basis + 4) * 8))
 
 
 def _joined(pieces: list[Tensor], like: Tensor) -> Tensor:

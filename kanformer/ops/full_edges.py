@@ -8,17 +8,16 @@ from torch import Tensor
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis
 from kanformer.ops.backend import run, triton_kernels, wants_compiled
-from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted, without_autocast
+from kanformer.ops.plain import autocast_matrix, needs_gradient, operators_wanted, plain_wanted, without_autocast
 from kanformer.ops.reference import reference_full_edges, work_dtype
 from kanformer.ops.registration import direct_function, filled, register_gradients
 from kanformer.ops.spline_planes import SplinePlanes
-from kanformer.ops.uniform import chunk_rows, has_table
+from kanformer.ops.uniform import chunk_rows, has_table, row_slices
 
 
 def full_edges(x: Tensor, coef: Tensor, grid: Tensor, basis: Basis, inner: Tensor | None = None, start: Tensor | None = None) -> Tensor:
     """start + sum_i sum_c coef[o, c, i] * B[c](x_i); see `reference_full_edges` for shapes. Uniform knots are taken to be uniform."""
-    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear's: the GEMM runs in the lower precision, the spline argument does not
-        coef = coef.to(torch.get_autocast_dtype(x.device.type))
+    coef = autocast_matrix(x, coef)
     if plain_wanted():
         return reference_full_edges(x, coef, grid, basis, inner, start)
     training = needs_gradient(x, start, coef, inner)
@@ -115,8 +114,7 @@ class _ElementwisePlanes:
         self.bytes_per_token = grid.shape[0] * basis.n_basis * dtype.itemsize * (1 if compiled else 2)
 
     def chunks(self, tokens: int) -> list[slice]:
-        step = chunk_rows(self.bytes_per_token)
-        return [slice(start, start + step) for start in range(0, tokens, step)]
+        return row_slices(tokens, chunk_rows(self.bytes_per_token))
 
     def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, n_basis * in_features) in the dtype of the GEMM."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kanformer.bases import basis_of
 from kanformer.bases.base import Basis
 from kanformer.ops.full_edges import add_splines, full_edges, spline_gradients
-from kanformer.ops.plain import needs_gradient, operators_wanted, plain_wanted
+from kanformer.ops.plain import autocast_matrix, needs_gradient, operators_wanted, plain_wanted
 from kanformer.ops.reference import reference_full_edges
 
 
@@ -24,8 +24,7 @@ def kan_linear(
     """
     if plain_wanted() or operators_wanted(x) or next(base.parameters(), None) is not None:
         return full_edges(x, coef, grid, basis, inner, start=F.linear(base(x), weight, bias))
-    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear's: the GEMM runs in the lower precision, the spline argument does not
-        coef = coef.to(torch.get_autocast_dtype(x.device.type))
+    coef = autocast_matrix(x, coef)
     if needs_gradient(x, weight, bias, coef, inner):
         return cast(Tensor, _KANLinear.apply(x, weight, bias, coef, grid, inner, base, basis.spec))
     return _map(x, weight, bias, coef, grid, inner, base, basis.spec, training=False)

@@ -26,6 +26,12 @@ def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def autocast_matrix(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix of numbers as the GEMM of this call reads it: under autocast in the lower precision, like nn.Linear's; the spline argument is not."""
+    device = x.device.type
+    return matrix.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else matrix
+
+
 def without_autocast(x: torch.Tensor) -> torch.autocast:
     """A context in which operators run in the dtypes that they choose themselves: autocast would round the functions' own numbers."""
     return torch.autocast(x.device.type, enabled=False)

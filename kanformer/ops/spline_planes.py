@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kanformer.bases.bspline import BSpline, local_members
-from kanformer.ops.uniform import cell_scale, chunk_rows, locate
+from kanformer.ops.uniform import cell_scale, chunk_rows, locate, row_slices
 
 
 class SplinePlanes:
@@ -18,10 +18,9 @@ class SplinePlanes:
         self.lo, self.per_unit = cell_scale(grid, basis, dtype)
         self.pad = self.order + 1
 
-    def chunks(self, tokens: int):
+    def chunks(self, tokens: int) -> list[slice]:
         bytes_per_token = self.features * (self.basis.n_basis + 2 * self.pad) * (8 if self.dtype == torch.float64 else 4)
-        step = chunk_rows(bytes_per_token)
-        return [slice(start, start + step) for start in range(0, tokens, step)]
+        return row_slices(tokens, chunk_rows(bytes_per_token))
 
     def values(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, n_basis * in_features) in the dtype of the GEMM."""

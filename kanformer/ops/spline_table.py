@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kanformer.bases.bspline import BSpline
-from kanformer.ops.uniform import cell_scale, chunk_rows, local_matrix, locate
+from kanformer.ops.uniform import cell_scale, chunk_rows, local_matrix, locate, row_slices
 
 
 def table_values(y: Tensor, x: Tensor, start: Tensor | None, coef: Tensor, grid: Tensor, basis: BSpline, dtype: torch.dtype) -> None:
@@ -53,8 +53,7 @@ class _Table:
         self.offset = torch.arange(self.groups, device=coef.device).repeat_interleave(repeats) * self.n_windows
 
     def chunks(self, tokens: int) -> list[slice]:
-        step = chunk_rows(self.lo.numel() * 4 * self.polynomials.element_size())
-        return [slice(start, start + step) for start in range(0, tokens, step)]
+        return row_slices(tokens, chunk_rows(self.lo.numel() * 4 * self.polynomials.element_size()))
 
     def locate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in the table and in the cell, both (tokens, channels)."""

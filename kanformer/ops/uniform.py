@@ -23,6 +23,11 @@ def chunk_rows(bytes_per_row: int) -> int:
     return max(1, CHUNK_BYTES // max(1, bytes_per_row))
 
 
+def row_slices(rows: int, step: int) -> list[slice]:
+    """The rows of a batch, `step` at a time."""
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
 def cell_scale(grid: Tensor, basis: BSpline, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(lo, cells per unit of x), each (rows,), of the uniform grids (rows, points)."""
     lo, hi = (bound.to(dtype) for bound in basis.grid_bounds(grid))

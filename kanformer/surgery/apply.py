@@ -113,6 +113,7 @@ def swap(model: nn.Module, pairs: list[tuple[Site, KANFeedForward]], record: Pat
             if isinstance(site.part(site.spec.hidden_dropout) if site.spec.hidden_dropout else None, int | float):
                 _set_attribute(record, site.owner_path, owner, str(site.spec.hidden_dropout), 0.0)
             rest = [(path, get_path(owner, path)) for path in site.spec.identities]
+            block.takes_residual = site.spec.residual is not None
             replace(slot, block)
             for path, part in rest:
                 if isinstance(part, nn.Module):
@@ -163,7 +164,6 @@ def _check_complete(plan: SurgeryPlan) -> None:
 def _build(site: Site, config: KANConfig, statistics: FFNStatistics | None) -> KANFeedForward:
     slot = site.part(site.spec.slot) if site.spec.slot else site.owner
     block = convert(site.dense(), config, statistics)
-    block.takes_residual = site.spec.residual is not None
     add_sentinel(block, site.spec)
     _keep_state(site, slot, block)
     return block

@@ -130,7 +130,6 @@ def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward
         )
     with torch.device(dense.up_weight.device):
         block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
-    block.takes_residual = entry.spec.residual is not None
     add_sentinel(block, entry.spec)
     return block
 

@@ -56,6 +56,11 @@ class _Flow(ast.NodeVisitor):
                 if isinstance(name, ast.Name):
                     self.known[name.id] = chain if name is target else ()
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        chain = () if node.value is None else self.follow(node.value)
+        if isinstance(node.target, ast.Name):
+            self.known[node.target.id] = chain
+
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.follow(node.value)
         if isinstance(node.target, ast.Name):
