@@ -11,7 +11,7 @@ from torch import nn
 
 import kanformer
 from kanformer import KANFeedForward
-from kanformer.errors import NoFeedForwardError
+from kanformer.layers import KANExperts
 from kanformer.surgery.structure import structural_specs
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -113,23 +113,15 @@ def test_a_frozen_fused_map_stays_frozen():
     assert not first.kan_gate.weight.requires_grad and not first.kan_up.weight.requires_grad and second.kan_up.weight.requires_grad
 
 
-def test_a_block_with_a_norm_inside_is_refused_by_name():
-    model = tf.AutoModel.from_config(tf.BitNetConfig(**GROUPED))
-    plan = kanformer.plan_surgery(model)
-    assert not plan.blocks and [refusal.path for refusal in plan.refusals] == ["layers.0.mlp", "layers.1.mlp"]
-    with pytest.raises(NoFeedForwardError, match="does more than"):
-        kanformer.patch_model(model)
-
-
-def test_fused_experts_are_named_and_the_dense_blocks_beside_them_can_be_patched_alone():
-    model = tf.AutoModel.from_config(tf.Qwen2MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]))
-    plan = kanformer.plan_surgery(model)
-    assert [refusal.path for refusal in plan.refusals] == ["layers.1.mlp.experts"] and "fused experts" in plan.refusals[0].reason
-    with pytest.raises(NoFeedForwardError, match=r"layers\.1\.mlp\.experts.*exclude_modules"):
-        kanformer.patch_model(model)
-    before = model.eval()(**TEXT)[0]
+def test_experts_are_patched_beside_their_router_or_left_out():
+    model = tf.AutoModel.from_config(tf.Qwen2MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0])).eval()
+    before, router = model(**TEXT)[0], model.layers[1].mlp.gate
     kanformer.patch_model(model, exclude_modules=["*.experts"])
-    assert torch.equal(model(**TEXT)[0], before) and isinstance(model.layers[0].mlp, KANFeedForward)
+    assert torch.equal(model(**TEXT)[0], before) and type(model.layers[1].mlp.experts).__name__ == "Qwen2MoeExperts"
+    kanformer.patch_model(kanformer.unpatch_model(model))
+    assert (model(**TEXT)[0] - before).abs().max() <= 1e-6 * before.abs().max()
+    assert isinstance(model.layers[1].mlp.experts, KANExperts) and model.layers[1].mlp.gate is router
+    assert torch.equal(kanformer.unpatch_model(model)(**TEXT)[0], before)
 
 
 def test_sequences_that_are_called_feed_forward():
@@ -140,11 +132,6 @@ def test_sequences_that_are_called_feed_forward():
     kanformer.patch_model(model)
     assert torch.equal(model["ffn"](x), before) and (model["ffn"].hidden_dropout.p, model["ffn"].output_dropout.p) == (0.2, 0.3)
     assert isinstance(model["head"], nn.Sequential)
-
-
-def test_a_norm_before_the_map_of_a_split_block_is_seen():
-    plan = kanformer.plan_surgery(tf.AutoModel.from_config(tf.RobertaPreLayerNormConfig(**SMALL)))
-    assert not plan.blocks and len(plan.refusals) == 2 and all("more than act(up(x))" in refusal.reason for refusal in plan.refusals)
 
 
 class Layer(nn.Module):
@@ -190,6 +177,5 @@ def test_a_users_own_layer_is_read_off_its_source():
     before = model(x)
     kanformer.patch_model(model)
     assert torch.equal(model(x), before) and model[0].grow.hidden_dropout.p == 0.4 and isinstance(model[0].shrink, nn.Identity)
-    assert (
-        structural_specs("0", LayerWithNorm()) == structural_specs("0", Scaled()) == structural_specs("0", Annotated()) == structural_specs("0", Twice()) == []
-    )
+    assert structural_specs("0", LayerWithNorm())[0].hidden_norm == "norm"
+    assert structural_specs("0", Scaled()) == structural_specs("0", Annotated()) == structural_specs("0", Twice()) == []

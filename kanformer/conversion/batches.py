@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.errors import DataError, KanformerError
+from kanformer.layers.experts import rows_at_work
 
 
 @contextlib.contextmanager
@@ -68,14 +69,19 @@ def run_batches(
 def token_mask(x: Tensor, batch: Mapping[str, Any], path: str = "") -> Tensor | None:
     """Which of the flattened positions of activations x (..., d) are no padding, (tokens,), or None when no mask speaks about them.
 
-    The mask is the batch's `attention_mask`, inside a decoder that has its own input its `decoder_attention_mask`, where its shape fits.
+    The mask is the batch's `attention_mask`, inside a decoder that has its own input its `decoder_attention_mask`, where its shape fits;
+    within an expert, of the tokens that the router gave to it.
     """
     decoder = "decoder" in path.split(".") and ("decoder_input_ids" in batch or "decoder_attention_mask" in batch)
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
+    flat, expert = (mask != 0).reshape(-1).to(x.device), rows_at_work()
+    if expert is not None:
+        rows, tokens = expert
+        return flat[rows] if tokens == mask.numel() else None
     fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and x.shape[0] == mask.numel())
-    return (mask != 0).reshape(-1).to(x.device) if fits else None
+    return flat if fits else None
 
 
 def select_tokens(x: Tensor, batch: Mapping[str, Any], path: str = "") -> Tensor:

@@ -23,6 +23,12 @@ def hidden_width(dense: DenseFFN, config: KANConfig) -> int:
     Raises:
         ConfigError: the budget is too small, or the groups do not divide the width.
     """
+    if dense.hidden_norm is not None and (config.init == "prune" or config.width is not None):
+        raise ConfigError(
+            "change the width of a block with a norm between its maps",
+            got=f"init={config.init!r}, width={config.width!r} and {type(dense.hidden_norm).__name__} over {dense.hidden_features} channels",
+            hint="The norm mixes all channels, so none can go. Use init='exact', or leave the block out with exclude_modules.",
+        )
     form = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
     budget = mlp_parameters(dense.in_features, dense.hidden_features, **form)
     if config.param_ratio is not None:
@@ -49,6 +55,10 @@ def empty_block(dense: DenseFFN, config: KANConfig, hidden: int, *, down_bias: b
         config=config,
         hidden_dropout=dense.hidden_dropout,
         output_dropout=dense.output_dropout,
+        up_function=dense.up_function,
+        input_norm=dense.input_norm,
+        hidden_norm=dense.hidden_norm,
+        channels_first=dense.channels_first,
         device=dense.up_weight.device if device is None else device,
         dtype=dense.up_weight.dtype,
     )
@@ -109,7 +119,7 @@ def _set_grids(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor, c
     everything = torch.arange(block.in_features, device=keep.device)
     for name, module in block.spline_modules():
         source, channels = (statistics.inputs, everything) if name in ("kan_up", "kan_gate") else (statistics.preactivations, keep)
-        if name == "kan_down" and block.gated:
+        if name == "kan_down" and not block.activation_in_down:
             source = statistics.hidden
         lo, hi = (bound[channels] for bound in source.grid_range(config.grid_range))
         rows = module.kan_grid.shape[0]

@@ -93,7 +93,7 @@ class FFNStatistics:
         self.eliminated.clear()
         preactivation = dense.preactivation(x)
         hidden = dense.hidden(x, preactivation)
-        self.inputs.update(x)
+        self.inputs.update(dense.normed(x))
         self.preactivations.update(preactivation)
         self.hidden.update(hidden)
         if self.keep_gram:

@@ -55,6 +55,11 @@ def base_function(base: BaseFunction) -> nn.Module:
     return _BY_NAME[base]()
 
 
+def has_parameters(base: nn.Module) -> bool:
+    """Whether b has numbers that are trained (PReLU, xIELU)."""
+    return next(base.parameters(), None) is not None
+
+
 def normal_quantiles(points: int = 4096) -> Tensor:
     """Evenly spaced quantiles of N(0, 1), (points,) in float64: a sample without chance."""
     levels = (torch.arange(points, dtype=torch.float64, device="cpu") + 0.5) / points

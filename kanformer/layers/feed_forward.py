@@ -35,7 +35,12 @@ class KANFeedForward(nn.Module):
         config: the edges, basis and grid; None means `KANConfig()`.
         hidden_dropout, output_dropout: probabilities, after the hidden channels and after the down map.
 
-    Shapes: input and output (..., in_features). With `takes_residual` set,
+        up_function: fixed function of the factor that carries no activation (gpt-oss clamps it and adds one); gated blocks only.
+        input_norm: module before the first maps (conformers put their norm inside the block).
+        hidden_norm: module between the hidden channels and the down map (BitNet, Kosmos-2), with parameters of its own or not.
+        channels_first: whether the channels are dimension 1 of the input, as in blocks of 1x1 convolutions.
+
+    Shapes: input and output (..., in_features), or (batch, in_features, ...) with `channels_first`. With `takes_residual` set,
         forward takes a second tensor and adds it to the output (some families' blocks do that).
     """
 
@@ -51,6 +56,10 @@ class KANFeedForward(nn.Module):
         config: KANConfig | None = None,
         hidden_dropout: float = 0.0,
         output_dropout: float = 0.0,
+        up_function: nn.Module | None = None,
+        input_norm: nn.Module | None = None,
+        hidden_norm: nn.Module | None = None,
+        channels_first: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -62,7 +71,7 @@ class KANFeedForward(nn.Module):
         check_sizes(self, in_features=in_features, hidden_features=hidden_features)
         self.in_features, self.hidden_features = in_features, hidden_features
         self.gated, self.edges = gated, config.edges
-        self.takes_residual = False
+        self.takes_residual, self.channels_first = False, channels_first
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("basis", "grid_size", "spline_order", "grid_range", "knots", "extrapolation")
         full: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -75,14 +84,16 @@ class KANFeedForward(nn.Module):
         self.kan_gate = expand() if gated else None
         self.kan_up = expand()
         activation = base_function(activation)
+        # Plain full edges carry the activation as the base of the down map, which then reads what the activation did.
+        self.activation_in_down = config.edges == "full" and not gated and hidden_norm is None
         if config.edges == "shared":
             self.kan_functions: nn.Module = EdgeFunctions(hidden_features, config.groups, base=activation, **full, **factory)
         else:
-            # Plain full edges carry the activation as the base of the down map.
-            self.kan_functions = nn.Identity() if config.edges == "full" and not gated else activation
+            self.kan_functions = nn.Identity() if self.activation_in_down else activation
+        self.input_norm, self.up_function, self.hidden_norm = input_norm, up_function, hidden_norm
         self.hidden_dropout = nn.Dropout(hidden_dropout)
         if config.edges == "full":
-            base = "identity" if gated else activation
+            base = activation if self.activation_in_down else "identity"
             self.kan_down: nn.Module = KANLinear(hidden_features, in_features, bias=down_bias, base=base, **full, **factory)
         else:
             self.kan_down = nn.Linear(hidden_features, in_features, bias=down_bias, **factory)
@@ -105,17 +116,25 @@ class KANFeedForward(nn.Module):
                         module.kan_base_weight.mul_(gate**-0.5)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.channels_first:
+            x = x.movedim(1, -1)
         check_input(self, x, self.in_features)
         if residual is not None and not self.takes_residual:
             raise TypeError(f"{type(self).__name__} was given a second argument, which the block in whose place it stands did not take when it was patched")
-        y = self.output_dropout(self.kan_down(self.hidden_dropout(self.hidden(x))))
+        hidden = self.hidden_dropout(self.hidden(x))
+        y = self.output_dropout(self.kan_down(hidden if self.hidden_norm is None else self.hidden_norm(hidden)))
+        if self.channels_first:
+            y = y.movedim(-1, 1)
         return y if residual is None else residual + y
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The hidden channels that the down map reads, (..., hidden_features)."""
+        """The hidden channels before the norm that a block may have, (..., hidden_features); x has its channels last."""
+        if self.input_norm is not None:
+            x = self.input_norm(x)
         if self.kan_gate is None:
             return self.kan_functions(self.kan_up(x))
-        return self.kan_functions(self.kan_gate(x)) * self.kan_up(x)
+        up = self.kan_up(x)
+        return self.kan_functions(self.kan_gate(x)) * (up if self.up_function is None else self.up_function(up))
 
     def spline_modules(self) -> Iterator[tuple[str, EdgeFunctions | KANLinear]]:
         """(name, module) of the children that carry learned functions."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.bases import make_basis
-from kanformer.layers.base_functions import BaseFunction, base_function
+from kanformer.layers.base_functions import BaseFunction, base_function, has_parameters
 from kanformer.layers.grids import GridModule, check_input, check_sizes
 from kanformer.layers.initialization import preserve_variance_
 from kanformer.ops import full_edges, kan_linear
@@ -68,6 +68,8 @@ class KANLinear(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)
+        if has_parameters(self.base):  # which autograd must see: the operator differentiates for x alone
+            return nn.functional.linear(self.base(x), self.kan_base_weight, self.kan_bias) + self.spline(x)
         return kan_linear(x, self.base, self.kan_base_weight, self.kan_bias, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
 
     def spline(self, x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
 from kanformer.layers.kan_linear import KANLinear
+from kanformer.surgery.assemble import KANModule, assemble, block_paths
 from kanformer.surgery.calibrate import Calibration, collect_statistics
-from kanformer.surgery.modules import get_path, mark_initialized, references
+from kanformer.surgery.modules import PassThrough, get_path, mark_initialized, references
 from kanformer.surgery.plan import SurgeryPlan, plan_surgery
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
-from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
@@ -73,7 +73,7 @@ def patch_model(
         gram = plan.config.init == "prune"
         known = isinstance(calibration, Calibration)
         statistics = calibration.of(plan.sites, gram=gram) if known else collect_statistics(model, plan.sites, calibration, gram=gram)
-    blocks = [_build(site, plan.config, statistics.get(site.path)) for site in plan.sites]
+    blocks = [_build(site, plan.config, statistics) for site in plan.sites]
     planned = zip(plan.sites, plan.blocks, strict=True)
     records = [
         SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
@@ -92,7 +92,7 @@ def relative_path(model: nn.Module, path: str) -> str:
     return path.removeprefix(prefix + ".") if prefix and hasattr(model, prefix) else path
 
 
-def swap(model: nn.Module, pairs: list[tuple[Site, KANFeedForward]], record: PatchRecord) -> list[tuple[str, str, nn.Module]]:
+def swap(model: nn.Module, pairs: list[tuple[Site, KANModule]], record: PatchRecord) -> list[tuple[str, str, nn.Module]]:
     """Puts the blocks into their slots and identities into the rest; undoes everything if any step fails.
 
     Returns:
@@ -113,13 +113,12 @@ def swap(model: nn.Module, pairs: list[tuple[Site, KANFeedForward]], record: Pat
             if isinstance(site.part(site.spec.hidden_dropout) if site.spec.hidden_dropout else None, int | float):
                 _set_attribute(record, site.owner_path, owner, str(site.spec.hidden_dropout), 0.0)
             rest = [(path, get_path(owner, path)) for path in site.spec.identities]
-            block.takes_residual = site.spec.residual is not None
             replace(slot, block)
             for path, part in rest:
                 if isinstance(part, nn.Module):
-                    replace(part, nn.Identity())
+                    replace(part, PassThrough().train(part.training))
                 else:
-                    _set_attribute(record, site.owner_path, owner, path, nn.Identity())
+                    _set_attribute(record, site.owner_path, owner, path, PassThrough())
             mark_initialized(model, site.path, block)
     except BaseException:
         revert(model, undo, record.attributes)
@@ -161,26 +160,38 @@ def _check_complete(plan: SurgeryPlan) -> None:
     )
 
 
-def _build(site: Site, config: KANConfig, statistics: FFNStatistics | None) -> KANFeedForward:
+def _build(site: Site, config: KANConfig, statistics: dict[str, FFNStatistics]) -> KANModule:
     slot = site.part(site.spec.slot) if site.spec.slot else site.owner
-    block = convert(site.dense(), config, statistics)
-    add_sentinel(block, site.spec)
-    _keep_state(site, slot, block)
-    return block
+    blocks = [convert(dense, config, statistics.get(path)) for path, dense in zip(block_paths(site), site.denses(), strict=True)]
+    module = assemble(site, blocks)
+    _keep_state(site, slot, module, blocks)
+    return module
 
 
-def _keep_state(site: Site, slot: nn.Module, block: KANFeedForward) -> None:
+def _keep_state(site: Site, slot: nn.Module, module: KANModule, blocks: list[KANFeedForward]) -> None:
     """Training mode, requires_grad and (where the slot was the whole block) hooks of what was there."""
-    block.train(slot.training)
-    maps = [(site.up, block.kan_up), (site.down, block.kan_down), (site.up if site.spec.fused else site.gate, block.kan_gate)]
-    for old, new in maps:
-        if old is None or new is None:
-            continue
-        new_weight, new_bias = (new.kan_base_weight, new.kan_bias) if isinstance(new, KANLinear) else (new.weight, new.bias)
-        new_weight.requires_grad_(old.weight.requires_grad)  # type: ignore[union-attr,operator,arg-type]
-        if isinstance(new_bias, nn.Parameter):
-            like = old.bias if old.bias is not None else old.weight
-            new_bias.requires_grad_(like.requires_grad)  # type: ignore[union-attr,operator,arg-type]
-    if site.spec.structure == "module":
+    module.train(slot.training)
+    trained = _trained(site)
+    for block in blocks:
+        for name, flags in trained.items():
+            new = getattr(block, name)
+            if new is None:
+                continue
+            weight, bias = (new.kan_base_weight, new.kan_bias) if isinstance(new, KANLinear) else (new.weight, new.bias)
+            weight.requires_grad_(flags[0])
+            if isinstance(bias, nn.Parameter):
+                bias.requires_grad_(flags[1])
+    if site.spec.structure in ("module", "experts"):
         for name in _HOOKS:
-            setattr(block, name, getattr(slot, name))
+            setattr(module, name, getattr(slot, name))
+
+
+def _trained(site: Site) -> dict[str, tuple[bool, bool]]:
+    """Whether the weight and the bias behind each map of the KAN-FFN were trained."""
+    found = {}
+    for name, path in (("kan_up", site.spec.up), ("kan_down", site.spec.down), ("kan_gate", site.spec.up if site.spec.fused else site.spec.gate)):
+        if path:
+            part = site.part(path)
+            weight, bias = (part, getattr(site.owner, f"{path}_bias", None)) if site.spec.experts else (part.weight, part.bias)
+            found[name] = (weight.requires_grad, (weight if bias is None else bias).requires_grad)
+    return found

@@ -10,7 +10,8 @@ from torch import nn
 from kanformer.bases.bspline import BSpline
 from kanformer.conversion.widths import mlp_parameters
 from kanformer.errors import SurgeryError
-from kanformer.layers import KANFeedForward
+from kanformer.layers import KANExperts, KANFeedForward
+from kanformer.layers.base_functions import has_parameters
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.record import PatchRecord, get_record
@@ -19,7 +20,10 @@ from kanformer.surgery.tables import table
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """One block now and before. Bytes are of parameters and buffers; FLOPs are per token, forward, a multiply-add counts two."""
+    """One block now and before. Bytes are of parameters and buffers; FLOPs are per token, forward, a multiply-add counts two.
+
+    The experts of a mixture are one block, whose FLOPs are those of one expert: a token costs as many times that as the router gives it experts.
+    """
 
     path: str
     mlp_hidden: int
@@ -97,19 +101,21 @@ def compare(model: nn.Module) -> Comparison:
         SurgeryError: the model is not patched.
     """
     record = get_record(model, "compare")
-    blocks = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward)}
+    found = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward | KANExperts)}
+    inside = {expert for module in found.values() if isinstance(module, KANExperts) for expert in module.kan_experts}
+    blocks = {path: module for path, module in found.items() if module not in inside}
     costs = tuple(_costs(path, block, record) for path, block in blocks.items())
     parameters = list(model.parameters())
     buffers = list(model.buffers())
-    inside = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
+    counted = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
     return Comparison(
         model_class=type(model).__name__,
         blocks=costs,
         model_parameters=sum(p.numel() for p in parameters),
         model_trainable=sum(p.numel() for p in parameters if p.requires_grad),
         model_bytes=sum(t.nbytes for t in (*parameters, *buffers)),
-        other_parameters=sum(p.numel() for p in parameters if id(p) not in inside),
-        other_bytes=sum(t.nbytes for t in (*parameters, *buffers) if id(t) not in inside),
+        other_parameters=sum(p.numel() for p in parameters if id(p) not in counted),
+        other_bytes=sum(t.nbytes for t in (*parameters, *buffers) if id(t) not in counted),
     )
 
 
@@ -128,13 +134,17 @@ def _row(path: str, hidden: str, mlp: int, kan: int, mlp_bytes: int, kan_bytes: 
     )
 
 
-def _costs(path: str, block: KANFeedForward, record: PatchRecord) -> BlockCosts:
+def _costs(path: str, module: KANFeedForward | KANExperts, record: PatchRecord) -> BlockCosts:
+    block, count = (module, 1) if isinstance(module, KANFeedForward) else (module.kan_experts[0], len(module.kan_experts))
+    assert isinstance(block, KANFeedForward)
     entry = next((site for site in record.sites if path == site.path or path.endswith("." + site.path)), None)
     if entry is None:
         raise SurgeryError("compare", subject=path, got="a KAN-FFN that patch_model did not put there", hint="Compare the model that was patched.")
     up_bias = any("bias" in name for name, _ in block.kan_up.named_parameters())
-    parameters = list(block.parameters())
+    norm = [] if isinstance(module, KANFeedForward) or module.expert_norm is None else list(module.expert_norm.parameters())
+    parameters = [*(p for each in _blocks(module) for p in each.parameters()), *norm]
     mlp = mlp_parameters(block.in_features, entry.mlp_hidden, gated=block.gated, up_bias=up_bias, down_bias=entry.mlp_down_bias)
+    mlp = count * (mlp + _carried(block)) + sum(p.numel() for p in norm)
     return BlockCosts(
         path=path,
         mlp_hidden=entry.mlp_hidden,
@@ -143,10 +153,21 @@ def _costs(path: str, block: KANFeedForward, record: PatchRecord) -> BlockCosts:
         kan_parameters=sum(p.numel() for p in parameters),
         kan_trainable=sum(p.numel() for p in parameters if p.requires_grad),
         mlp_bytes=mlp * parameters[0].element_size(),
-        kan_bytes=sum(t.nbytes for t in (*parameters, *block.buffers())),
+        kan_bytes=sum(t.nbytes for t in (*parameters, *module.buffers())),
         mlp_flops=_linear_flops(block.in_features, entry.mlp_hidden, block.gated) + entry.mlp_hidden * (2 if block.gated else 1),
         kan_flops=_kan_flops(block),
     )
+
+
+def _blocks(module: KANFeedForward | KANExperts) -> list[nn.Module]:
+    return [module] if isinstance(module, KANFeedForward) else list(module.kan_experts)
+
+
+def _carried(block: KANFeedForward) -> int:
+    """Trained numbers of the activation and the norms, which the MLP had too."""
+    activation = next((each.base for _, each in block.spline_modules() if has_parameters(each.base)), block.kan_functions)
+    activation = nn.Identity() if isinstance(activation, EdgeFunctions) else activation
+    return sum(p.numel() for each in (activation, block.input_norm, block.hidden_norm) if each is not None for p in each.parameters())
 
 
 def _linear_flops(d: int, h: int, gated: bool) -> int:

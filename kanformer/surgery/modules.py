@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
+
+
+class PassThrough(nn.Identity):
+    """Stands where a part was whose work the KAN-FFN does now; code from outside that looks for its weight (initialisation) finds an empty one."""
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.empty(0, 0)
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.empty(0)
 
 
 def get_path(root: Any, path: str) -> Any:
@@ -24,22 +38,44 @@ def is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
+def is_pointwise_convolution(module: Any) -> bool:
+    """Whether this is a convolution that mixes channels only: kernel 1, stride 1, one group."""
+    if type(module) not in (nn.Conv1d, nn.Conv2d):
+        return False
+    return {*module.kernel_size, *module.stride, module.groups} == {1} and set(module.padding) == {0}
+
+
 def is_linear(module: Any, owner: nn.Module) -> TypeGuard[nn.Module]:
-    """Whether this is a linear map: nn.Linear, Conv1D, or a subclass of nn.Linear that the owner's own file defines (FalconLinear)."""
+    """Whether this is a linear map of channels: nn.Linear, Conv1D, a 1x1 convolution, or a subclass of nn.Linear that the owner's own file defines
+    (FalconLinear)."""
     own = isinstance(module, nn.Linear) and type(module).__module__ == type(owner).__module__
-    return type(module) is nn.Linear or is_conv1d(module) or own
+    return type(module) is nn.Linear or is_conv1d(module) or is_pointwise_convolution(module) or own
 
 
 def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight (out, in), bias) of an nn.Linear or Conv1D."""
+    """(weight (out, in), bias) of an nn.Linear, Conv1D or 1x1 convolution."""
     weight: Tensor = module.weight.detach()  # type: ignore[union-attr,operator]
     bias = None if module.bias is None else module.bias.detach()  # type: ignore[union-attr,operator]
-    return (weight.t() if is_conv1d(module) else weight), bias  # type: ignore[return-value]
+    return (weight.t() if is_conv1d(module) else weight.flatten(1)), bias  # type: ignore[return-value]
 
 
 def references(root: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every (parent, name) under which `child` hangs below `root`."""
     return [(parent, name) for parent in root.modules() for name, module in parent._modules.items() if module is child]
+
+
+def bare(module: nn.Module, seen: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A twin of the module in eval mode, with the same tensors and without hooks: what is run to try a block out."""
+    seen = {} if seen is None else seen
+    if id(module) not in seen:
+        twin = seen[id(module)] = copy.copy(module)
+        twin.__dict__ = dict(vars(module))
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                twin.__dict__[name] = type(value)()
+        twin._modules = {name: None if child is None else bare(child, seen) for name, child in module._modules.items()}
+        twin.training = False
+    return seen[id(module)]
 
 
 def layer_number(path: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kanformer.conversion.build import empty_block
 from kanformer.errors import CheckpointError, SurgeryError
-from kanformer.layers import KANFeedForward
+from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import swap
+from kanformer.surgery.assemble import KANModule, assemble
 from kanformer.surgery.modules import join
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
-from kanformer.surgery.sentinel import add_sentinel
+from kanformer.surgery.sentinel import freeze_sentinels
 from kanformer.surgery.sites import Site
 
 
@@ -65,9 +67,15 @@ class KANQuantizer(HfQuantizer):
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():
-            if isinstance(block, KANFeedForward):
+            if isinstance(block, KANFeedForward | KANExperts):
                 block.train(model.training)
+            if isinstance(block, KANExperts):
+                freeze_sentinels(block)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
+        """The renamings of old names to new ones that transformers applies while loading, kept away from the names of our tensors."""
+        return [_sparing(each) for each in super().update_weight_conversions(weight_conversions, *args)]
 
     def is_serializable(self) -> bool:
         return True
@@ -83,6 +91,15 @@ class KANQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _sparing(conversion: Any) -> Any:
+    """phimoe's ".gate.weight" would match "kan_gate.weight" too."""
+    names = [f".kan_{name}" for name in ("gate.weight", "up.weight", "down.weight", "functions.kan_coef", "base_weight", "bias")]
+    patterns = getattr(conversion, "source_patterns", [])
+    if type(conversion).__name__ != "WeightRenaming" or not any(re.search(pattern, name) for pattern in patterns for name in names):
+        return conversion
+    return conversion.copy([rf"(?<!kan){pattern}" for pattern in patterns], list(conversion.target_patterns))
 
 
 def rebuild(model: nn.Module, record: PatchRecord) -> None:
@@ -122,16 +139,15 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
     )
 
 
-def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward:
-    dense = site.dense()
+def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANModule:
+    denses = site.denses()
+    dense = denses[0]
     if dense.hidden_features != entry.mlp_hidden:
         raise CheckpointError(
             "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
         )
     with torch.device(dense.up_weight.device):
-        block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
-    add_sentinel(block, entry.spec)
-    return block
+        return assemble(site, [empty_block(each, record.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
 
 
 def register_with_transformers() -> None:

@@ -12,6 +12,7 @@ from kanformer.conversion.build import hidden_width
 from kanformer.conversion.widths import kan_parameters, mlp_parameters
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
+from kanformer.surgery.candidates import checked_disagreement
 from kanformer.surgery.discover import find_sites
 from kanformer.surgery.modules import join
 from kanformer.surgery.select import select
@@ -38,6 +39,7 @@ class PlannedBlock:
     device: str
     mlp_parameters: int
     kan_parameters: int
+    experts: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class SurgeryPlan:
                 block.path,
                 block.family,
                 f"{block.in_features}/{block.mlp_hidden}" + (f">{block.kan_hidden}" if block.kan_hidden != block.mlp_hidden else ""),
-                ("gated " if block.gated else "") + block.activation,
+                ("gated " if block.gated else "") + block.activation + (f" x{block.experts}" if block.experts > 1 else ""),
                 block.dtype,
                 f"{block.mlp_parameters:,}",
                 f"{block.kan_parameters:,}",
@@ -98,10 +100,9 @@ def plan_surgery(model: nn.Module, config: KANConfig | None = None, *, specs: Se
     check_patchable(model)
     sites = select(find_sites(model, specs), config)
     users = _parameter_users(model)
-    checked: dict[tuple, str | None] = {}
     blocks, refusals, good = [], [], []
     for site in sites:
-        reason = site.problem() or _tied_outside(site, users) or _checked_disagreement(site, checked)
+        reason = site.problem() or _tied_outside(site, users) or checked_disagreement(site)
         if reason is None and not site.path:
             reason = "the block is the whole model; patch the module that holds it"
         if reason is not None:
@@ -144,7 +145,8 @@ def check_patchable(model: nn.Module) -> None:
 
 
 def _describe(site: Site, config: KANConfig) -> PlannedBlock:
-    dense = site.dense()
+    denses = site.denses()
+    dense, experts = denses[0], len(denses)
     form = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
     hidden = hidden_width(dense, config)
     kan_form = form | ({"down_bias": True} if config.init == "prune" else {})
@@ -158,8 +160,9 @@ def _describe(site: Site, config: KANConfig) -> PlannedBlock:
         activation=_activation_name(site),
         dtype=str(dense.up_weight.dtype).removeprefix("torch."),
         device=str(dense.up_weight.device),
-        mlp_parameters=mlp_parameters(dense.in_features, dense.hidden_features, **form),
-        kan_parameters=kan_parameters(dense.in_features, hidden, config, **kan_form),
+        mlp_parameters=experts * (mlp_parameters(dense.in_features, dense.hidden_features, **form) + dense.other_parameters),
+        kan_parameters=experts * (kan_parameters(dense.in_features, hidden, config, **kan_form) + dense.other_parameters),
+        experts=experts,
         gated=dense.gated,
         up_bias=form["up_bias"],
         down_bias=kan_form["down_bias"],
@@ -182,16 +185,8 @@ def _parameter_users(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _tied_outside(site: Site, users: dict[int, list[str]]) -> str | None:
-    for module in site.linears.values():
+    for module in site.own_modules:
         for parameter in module.parameters(recurse=False):
             if len(users.get(id(parameter), ())) > 1:
                 return f"a weight is tied: {' = '.join(users[id(parameter)])}"
     return None
-
-
-def _checked_disagreement(site: Site, checked: dict[tuple, str | None]) -> str | None:
-    """`site.disagreement()`, once per class and shape."""
-    key = (type(site.owner), site.spec, tuple(tuple(module.weight.shape) for module in site.linears.values()), _activation_name(site))  # type: ignore[union-attr,arg-type]
-    if key not in checked:
-        checked[key] = site.disagreement()
-    return checked[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kanformer.errors import SurgeryError
-from kanformer.layers import KANFeedForward
+from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import Model, revert
 from kanformer.surgery.modules import get_path
 from kanformer.surgery.record import get_record, set_record
@@ -31,7 +31,7 @@ def unpatch_model(model: Model) -> Model:
     block: nn.Module | None = None
     for parent, name, original in record.undo:
         current = get_path(holder, parent)._modules[name]
-        block = current if isinstance(current, KANFeedForward) else block
+        block = current if isinstance(current, KANFeedForward | KANExperts) else block
         assert current is not None and block is not None  # the slot is always swapped before the rest of its site
         _follow(block, original)
         original.train(current.training)

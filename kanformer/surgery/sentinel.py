@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kanformer.layers import KANFeedForward
+from kanformer.layers import KANExperts
 from kanformer.surgery.spec import FFNSpec
 
 
@@ -23,16 +23,37 @@ class Sentinel(nn.Module):
         self.register_buffer("weight", torch.zeros(1, dtype=torch.float32, device=device))
 
 
-def add_sentinel(block: KANFeedForward, spec: FFNSpec) -> None:
-    """Gives the block a tensor under the name of the MLP's first weight."""
+def add_sentinel(block: nn.Module, spec: FFNSpec) -> None:
+    """Gives the block a tensor under the name of the MLP's first weight (of experts: first weights)."""
     device = next(block.parameters()).device
-    *parents, last = spec.sentinel.split(".") if spec.sentinel else ["", ""]
-    if not last:
+    if spec.experts:
+        # Some families store them by expert and by factor, turned or interleaved, and look for a parameter: this shape survives the way there and back.
+        for path in filter(None, (spec.gate, spec.up)):
+            holder, name = _holder(block, path)
+            holder.register_parameter(name, nn.Parameter(torch.zeros(2, 2, 2, dtype=torch.float32, device=device), requires_grad=False))
+        holder, name = _holder(block, spec.down)
+        holder.__dict__[name] = torch.empty(0, 0)  # for initialisation that reaches in from outside
+        return
+    if not spec.sentinel:
         block.register_buffer("weight", torch.zeros(1, dtype=torch.float32, device=device))
         return
-    holder: nn.Module = block
-    for name in parents:
-        if name not in holder._modules:
-            holder.add_module(name, nn.Module())
-        holder = holder.get_submodule(name)
+    holder, last = _holder(block, spec.sentinel)
     holder.add_module(last, Sentinel(device))
+
+
+def freeze_sentinels(experts: KANExperts) -> None:
+    """Loading makes every floating parameter a trained one; these never are."""
+    inside = {parameter for child in (experts.kan_experts, experts.expert_norm) if child is not None for parameter in child.parameters()}
+    for parameter in experts.parameters():
+        if parameter not in inside:
+            parameter.requires_grad_(False)
+
+
+def _holder(block: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """(the module that holds what lies at `path`, made where it is missing, its name there)."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if name not in block._modules:
+            block.add_module(name, nn.Module())
+        block = block.get_submodule(name)
+    return block, last

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 
 @functools.cache
 def _methods(cls: type) -> tuple[ast.FunctionDef, ...]:
+    """The methods that a class writes, and those of its bases that it calls by super()."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        source = textwrap.dedent(inspect.getsource(cls))
+        tree = ast.parse(source)
     except (OSError, TypeError, SyntaxError):
         return ()
-    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__")
+    own = tuple(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name != "__init__")
+    called = [node.name for node in own if f"super().{node.name}(" in ast.unparse(node)]
+    return own + tuple(node for base in cls.__bases__ for node in _methods(base) if node.name in called)
 
 
 @functools.cache

@@ -23,9 +23,14 @@ class FFNSpec:
         identities: paths of the other parts, which become `nn.Identity`.
         hidden_dropout: path to a dropout module or probability that the owner applies to the hidden channels.
         output_dropout: path to a dropout module or probability inside the replaced forward, after the down map.
-        fused: for a gated block with one map for both halves, which lies at `up`: "gate_first" (the activation reads the first half of its outputs)
-            or "up_first"; `gate` is then None.
+        fused: for a gated block with one map for both halves, which lies at `up`: "gate_first" (the activation reads the first half of its outputs),
+            "up_first" or "interleaved" (it reads every second, from the first on); `gate` is then None.
         residual: "yes" if the block's forward takes a second tensor and adds it to its output.
+        product: for a gated block, how the factors are bounded before they are multiplied, a name of `kanformer.surgery.products`; None: act(gate) * up.
+        input_norm, hidden_norm: paths to modules before the first maps, and between the hidden channels and the down map.
+        experts: for a module whose parameters at `up` and `down` hold the weights of all experts, how it is called, see `KANExperts`.
+        transposed: "yes" if those parameters are (experts, in, out) instead of (experts, out, in).
+        expert_norm: path to a module that each expert's output goes through before it is weighted.
     """
 
     name: str
@@ -40,10 +45,19 @@ class FFNSpec:
     output_dropout: str | None = None
     fused: str | None = None
     residual: str | None = None
+    product: str | None = None
+    input_norm: str | None = None
+    hidden_norm: str | None = None
+    experts: str | None = None
+    transposed: str | None = None
+    expert_norm: str | None = None
 
     @property
     def structure(self) -> str:
-        """ "module" (the block is a module of its own), "split" (over two modules) or "inline" (in the layer's forward)."""
+        """ "module" (the block is a module of its own), "experts" (a module with all experts' weights in one tensor), "split" (over two modules)
+        or "inline" (in the layer's forward)."""
+        if self.experts:
+            return "experts"
         if not self.slot:
             return "module"
         return "inline" if self.slot == (self.gate or self.up) else "split"
@@ -51,7 +65,8 @@ class FFNSpec:
     @property
     def parts(self) -> tuple[str, ...]:
         """Paths that must exist in the owner."""
-        paths = (self.gate, self.up, self.activation, self.down, self.hidden_dropout, self.output_dropout)
+        maps, dropouts = (self.gate, self.up, self.activation, self.down), (self.hidden_dropout, self.output_dropout)
+        paths = (*maps, *dropouts, self.input_norm, self.hidden_norm, self.expert_norm)
         return tuple(path for path in paths if path and not path.startswith("="))
 
     @property

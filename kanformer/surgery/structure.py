@@ -5,12 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import inspect
+import itertools
 import re
 
 import torch
 from torch import nn
 
 from kanformer.layers.base_functions import base_function
+from kanformer.surgery.candidates import NAMED, best_spec, experts_spec
+from kanformer.surgery.check import disagreement
 from kanformer.surgery.modules import get_path, is_conv1d, is_linear, linear_tensors
 from kanformer.surgery.sites import Site
 from kanformer.surgery.source import calls_of, chains_of
@@ -21,6 +24,7 @@ _GATED = (  # gate (which the activation reads), up, down
     ("wi_0", "wi_1", "wo"),
     ("w1", "w3", "w2"),
     ("w_in.w_0", "w_in.w_1", "w_out"),
+    ("proj_up_gate", "proj_up", "proj_down"),
 )
 _PLAIN = (  # up, down
     ("fc1", "fc2"),
@@ -39,54 +43,67 @@ _PLAIN = (  # up, down
     ("layer1", "layer2"),
     ("linear_1", "linear_2"),
     ("ffw_layer_1", "ffw_layer_2"),
+    ("layers.0", "layers.1"),
+    ("layer_1", "layer_2"),
 )
 _FUSED = (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear"), ("fc1", "fc2"), ("fc1.proj", "fc2"))  # gate and up in one, down
-_NAMED = ("=silu", "=gelu", "=gelu_tanh", "=relu")
+_HALVES = (("intermediate", "output"), ("intermediate_query", "output_query"))
 _LIKELY = re.compile(r"mlp|ffn|feed_?forward|^ff$", re.IGNORECASE)
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
 
 
 def structural_specs(path: str, module: nn.Module) -> list[FFNSpec]:
     """What the module at `path` would be as a feed-forward block: one spec as a rule, none if it does not look like one."""
-    found = [_split(module, "intermediate", "output"), _split(module, "intermediate_query", "output_query")]
+    found = [_split(module, first, second, name) for first, second in _HALVES for name in ("dense", "conv1d")]
     specs = [spec for spec in found if spec is not None]
     if specs:
         return specs
-    spec = _sequence(path, module) or _module(module) or _experts(module) or _inline(module)
+    spec = _sequence(path, module) or _module(module) or experts_spec(module) or _inline(module)
     return [] if spec is None else [spec]
 
 
-def _split(module: nn.Module, first: str, second: str) -> FFNSpec | None:
-    activation = next((f"{first}.{name}" for name in ("intermediate_act_fn", "activation") if callable(_get(module, f"{first}.{name}"))), None)
-    if not _maps(module, f"{first}.dense", f"{second}.dense"):
+def _split(module: nn.Module, first: str, second: str, name: str) -> FFNSpec | None:
+    up, down = f"{first}.{name}", f"{second}.{name}"
+    if not _maps(module, up, down):
         return None
     inner = get_path(module, first)
-    activation = activation or _named_activation(inner)
+    activation = next((f"{first}.{each}" for each in ("intermediate_act_fn", "activation", "act") if callable(_get(module, f"{first}.{each}"))), None)
+    activation = activation or _named_activation(inner, name)
     if activation is None:
         return None
-    if inner.dense.weight.is_meta and len(list(inner.parameters())) != len(list(inner.dense.parameters())):
+    if get_path(inner, name).weight.is_meta and len(list(inner.parameters())) != len(list(get_path(inner, name).parameters())):
         return None  # more than a map, and nothing to run it on
-    parts = {"up": f"{first}.dense", "activation": activation, "down": f"{second}.dense"}
-    return FFNSpec(name=f"{first}-{second}", owner=_own(module), slot=first, identities=(f"{second}.dense",), **parts)
+    spec = FFNSpec(name=f"{first}-{second}", owner=_own(module), up=up, activation=activation, down=down, slot=first, identities=(down,))
+    if activation.startswith("=") or not disagreement(Site(module, "", spec)):
+        return spec
+    # A norm before the map, say: the block goes in the map's own place where its activation is a part that can be taken out.
+    alone = dataclasses.replace(spec, slot=up, identities=(activation, down))
+    return alone if (name, activation.removeprefix(f"{first}.")) in (step for chain in chains_of(type(inner)) for step in itertools.pairwise(chain)) else spec
 
 
-def _named_activation(inner: nn.Module) -> str | None:
-    """Which function a module applies after its `dense`, found by running it."""
-    weight = get_path(inner, "dense.weight")
-    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+def _named_activation(inner: nn.Module, name: str) -> str | None:
+    """Which function a module applies after its map, found by running it."""
+    weight = get_path(inner, name).weight
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() > 2:
         return None
     x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     with torch.no_grad():
         try:
-            actual, before = inner(x), inner.dense(x)  # type: ignore[operator]
+            actual, before = inner(x), get_path(inner, name)(x)  # type: ignore[operator]
         except Exception:
             return None
-        return next((name for name in _NAMED if torch.allclose(actual, base_function(name[1:])(before), rtol=1e-4, atol=1e-6)), None)
+        return next((each for each in NAMED if torch.allclose(actual, base_function(each[1:])(before), rtol=1e-4, atol=1e-6)), None)
 
 
 def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
-    """An nn.Sequential of map, activation, perhaps dropout, map, that is called a feed-forward block by whoever holds it."""
-    if type(module) is not nn.Sequential or not _LIKELY.search(path.rpartition(".")[2]) or not 3 <= len(module) <= 5:
+    """An nn.Sequential of map, activation, perhaps dropout, map, that is called a feed-forward block by whoever holds it; or an nn.ModuleDict of
+    map, activation, map, whose children its holder calls one after the other (BridgeTower)."""
+    if not _LIKELY.search(path.rpartition(".")[2]):
+        return None
+    if type(module) is nn.ModuleDict and len(module) == 3:
+        up, activation, down = module
+        good = _maps(module, up, down) and _is_activation(module, activation)
+        return FFNSpec(name="dict", owner="ModuleDict", up=up, activation=activation, down=down, slot=up, identities=(activation, down)) if good else None
+    if type(module) is not nn.Sequential or not 3 <= len(module) <= 5:
         return None
     dropouts = [str(i) for i, child in enumerate(module) if isinstance(child, nn.Dropout)]
     up, activation, *rest = [str(i) for i, child in enumerate(module) if not isinstance(child, nn.Dropout | nn.Identity)] + [""] * 2
@@ -105,68 +122,85 @@ def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
     )
 
 
-def _experts(module: nn.Module) -> FFNSpec | None:
-    """Fused experts, weights (experts, out, in): named in plans, so that nobody believes them replaced."""
-    for up, down in (("gate_up_proj", "down_proj"), ("up_proj", "down_proj")):
-        if all(isinstance(_get(module, name), nn.Parameter) and get_path(module, name).dim() == 3 for name in (up, down)):
-            return FFNSpec(name="experts", owner=_own(module), up=up, activation="act_fn", down=down)
-    return None
-
-
 def _module(module: nn.Module) -> FFNSpec | None:
-    activation = next((name for name in _ACTIVATIONS if callable(_get(module, name))), "=silu")
     for gate, up, down in (*_GATED, *((None, up, down) for up, down in _PLAIN)):
         if _maps(module, up, down) and (not gate or _maps(module, gate, down)):
-            return _of_its_own(module, FFNSpec(name=f"{up}-{down}", owner=_own(module), gate=gate, up=up, activation=activation, down=down))
+            return _of_its_own(module, [FFNSpec(name=f"{up}-{down}", owner=_own(module), gate=gate, up=up, activation="", down=down)])
     for up, down in _FUSED:
         if _maps(module, up, down, halves=2):
-            spec = FFNSpec(name=f"{up}-{down}", owner=_own(module), up=up, activation=activation, down=down, fused="gate_first")
-            other = dataclasses.replace(spec, fused="up_first")
+            spec = FFNSpec(name=f"{up}-{down}", owner=_own(module), up=up, activation="", down=down)
             # Which half the activation reads differs from family to family: the block itself tells.
-            wrong = Site(module, "", spec).disagreement() and not Site(module, "", other).disagreement()
-            return _of_its_own(module, other if wrong else spec)
+            return _of_its_own(module, [dataclasses.replace(spec, fused=order) for order in ("gate_first", "up_first")])
     return None
 
 
-def _of_its_own(module: nn.Module, spec: FFNSpec) -> FFNSpec | None:
-    """The spec with its dropouts, or None where the module holds more than the block (a layer with attention, say)."""
+def _of_its_own(module: nn.Module, specs: list[FFNSpec]) -> FFNSpec | None:
+    """The first spec that the block agrees with, with its dropouts; None where the module holds more than the block (a layer with attention, say)."""
+    spec = specs[0]
     linears = {get_path(module, name) for name in (spec.gate, spec.up, spec.down) if name}
-    if any(isinstance(child, nn.Linear) or is_conv1d(child) for child in module.modules() if child not in linears):
+    others = [(name, child) for name, child in module.named_modules() if child is not module and child not in linears]
+    if any(isinstance(child, nn.Linear) or is_conv1d(child) for _, child in others):
         return None
-    if spec.activation.startswith("="):  # called as a function, which only running the block can tell
-        tried = [dataclasses.replace(spec, activation=name) for name in _NAMED]
-        right = next((each for each in tried if Site(module, "", each).problem() is None and not Site(module, "", each).disagreement()), None)
-        if right is None or get_path(module, spec.up).weight.is_meta:
-            return None
-        spec = right
     hidden, output = _dropouts(module, spec.up, spec.down)
-    return dataclasses.replace(spec, hidden_dropout=hidden, output_dropout=output)
+    spec = dataclasses.replace(spec, hidden_dropout=hidden, output_dropout=output)
+    width, inputs = linear_tensors(get_path(module, spec.down))[0].shape[::-1]
+    norms = [{}, *({place: name} for place, channels in (("hidden_norm", width), ("input_norm", inputs)) for name in _norms(others, channels))]
+    specs = [dataclasses.replace(spec, fused=each.fused, **norm) for each in specs for norm in norms]
+    found, agrees = best_spec(module, specs)
+    if agrees:
+        return found
+    # A residual or a norm around the block, say: it goes in the place of its first map where its forward hands values straight on.
+    inline = _inline(module)
+    return inline or (found if found is None or not found.activation.startswith("=") else None)
+
+
+def _norms(parts: list[tuple[str, nn.Module]], channels: int) -> list[str]:
+    """The names of the parts with one number per channel."""
+    return [name for name, part in parts if any(parameter.numel() == channels for parameter in part.parameters(recurse=False))]
 
 
 def _inline(module: nn.Module) -> FFNSpec | None:
-    """A layer whose methods hand a value from up to activation, perhaps to dropout, and to down, with nothing in between."""
+    """A layer whose methods hand a value from up to activation, perhaps to dropout, perhaps to a norm, and to down, with nothing in between."""
     times = collections.Counter(name for calls in calls_of(type(module)) for name in calls)
-    for chain in chains_of(type(module)):
-        steps = list(chain)
-        dropout = steps.pop(-2) if len(steps) > 3 and _is_dropout(module, steps[-2]) else None
-        if len(steps) < 3:
+    chains = collections.Counter(parts for chain in chains_of(type(module)) if (parts := _inline_parts(module, list(chain))) is not None)
+    for parts, number in chains.items():
+        up, activation, dropout, norm, down = parts
+        functional = dropout is not None and dropout.startswith("p=")
+        after = functional and any(chain[-2:] == (down, dropout) for chain in chains_of(type(module)))
+        # A part that is called elsewhere too must not become an identity, nor a probability 0 that is read elsewhere too.
+        if any(times[name] != number * (2 if name == dropout and after else 1) for name in parts if name):
             continue
-        up, activation, down = steps[-3:]
-        if not _maps(module, up, down) or not _is_activation(module, activation):
-            continue
-        if any(times[name] > 1 for name in (up, activation, down)):
-            continue  # a part that is called elsewhere too must not become an identity
         return FFNSpec(
             name=f"{up}-{down}",
             owner=_own(module),
-            up=up,
-            activation=activation,
-            down=down,
-            slot=up,
-            identities=(activation, down),
+            up=str(up),
+            activation=str(activation),
+            down=str(down),
+            slot=str(up),
+            identities=tuple(name for name in (activation, None if functional else dropout, norm, down) if name),
             hidden_dropout=dropout.removeprefix("p=") if dropout else None,
+            output_dropout=dropout.removeprefix("p=") if dropout and after else None,
+            hidden_norm=norm,
         )
     return None
+
+
+def _inline_parts(module: nn.Module, steps: list[str]) -> tuple[str | None, ...] | None:
+    """(up, activation, dropout, norm, down) by name if the chain ends as a feed-forward block."""
+    down = steps.pop()
+    norm = steps.pop() if len(steps) > 2 and _is_norm(module, steps[-1]) else None
+    dropout = steps.pop() if len(steps) > 2 and (_is_dropout(module, steps[-1]) or _is_idle(module, steps[-1])) else None
+    if len(steps) < 2 or not _maps(module, steps[-2], down) or not _is_activation(module, steps[-1]):
+        return None
+    return steps[-2], steps[-1], None if dropout is None or _is_idle(module, dropout) else dropout, norm, down
+
+
+def _is_idle(module: nn.Module, name: str) -> bool:
+    """A dropout, or a random depth, with probability 0."""
+    part = _get(module, name.removeprefix("p="))
+    if isinstance(part, nn.Module) and type(part).__name__.endswith("DropPath"):
+        part = getattr(part, "drop_prob", 1.0) or 0.0
+    return (part.p if isinstance(part, nn.Dropout) else part) == 0
 
 
 def _own(module: nn.Module) -> str:
@@ -192,8 +226,14 @@ def _maps(module: nn.Module, up: str, down: str, halves: int = 1) -> bool:
 def _is_activation(module: nn.Module, name: str) -> bool:
     part = _get(module, name)
     if isinstance(part, nn.Module):
-        return next(part.parameters(), None) is None and not isinstance(part, nn.Dropout | nn.Identity)
+        return all(parameter.numel() == 1 for parameter in part.parameters()) and not isinstance(part, nn.Dropout | nn.Identity)
     return callable(part) and not inspect.ismethod(part)
+
+
+def _is_norm(module: nn.Module, name: str) -> bool:
+    """A module with parameters that is no map: whatever it does, it is carried along."""
+    part = _get(module, name)
+    return isinstance(part, nn.Module) and not is_linear(part, module) and next(part.parameters(), None) is not None
 
 
 def _is_dropout(module: nn.Module, name: str) -> bool:
@@ -211,12 +251,14 @@ def _dropouts(module: nn.Module, up: str, down: str) -> tuple[str | None, str | 
     order: list[str] = []
     names = {child: name for name, child in module.named_modules() if isinstance(child, nn.Dropout) or name in (up, down)}
     handles = [child.register_forward_hook(lambda child, args, out: order.append(names[child])) for child in names]
-    weight = linear_tensors(get_path(module, up))[0]
+    weight = get_path(module, up).weight
+    inputs = linear_tensors(get_path(module, up))[0].shape[1]
+    shape = (1, 1, inputs) if weight.dim() == 2 else (1, inputs, *(1 for _ in weight.shape[2:]))
     flags = [(child, child.training) for child in module.modules()]
     try:
         with torch.no_grad():
             module.eval()
-            module(torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device))
+            module(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
     except Exception:
         return None, None  # what the block needs besides hidden states will be the reason of its refusal
     finally:
