@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from kanformer.config import KANConfig
+from kanformer.config import Configs, KANConfig
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
 from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.calibrate import Calibration, collect_statistics
 from kanformer.surgery.modules import get_path, mark_initialized, references
-from kanformer.surgery.plan import SurgeryPlan, plan_surgery
+from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
@@ -34,7 +34,7 @@ _HOOKS = (
 
 def patch_model(
     model: Model,
-    config: KANConfig | None = None,
+    config: Configs = None,
     *,
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     specs: Sequence[FFNSpec] | None = None,
@@ -46,7 +46,8 @@ def patch_model(
 
     Args:
         model: any transformers model of a known family, or any module with `specs`.
-        config: see `KANConfig`; `overrides` replace single values (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
+        config: see `KANConfig`, or a list of them: a block gets the first that selects it, and one that none selects stays an MLP.
+            `overrides` replace single values, in each config (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
         calibration: batches of model inputs (dicts as for `model(**batch)`), or what `calibrate` made of them: needed by
             init="prune"; otherwise optional, it sets each grid to the range of its data. Padding (attention_mask 0) is ignored.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
@@ -62,28 +63,33 @@ def patch_model(
     """
     plan = plan_surgery(model, config, specs=specs, **overrides)
     _check_complete(plan)
-    if plan.config.init == "prune" and calibration is None:
+    statistics = _statistics(model, plan, calibration)
+    planned = list(zip(plan.sites, plan.blocks, strict=True))
+    blocks = [_build(site, row.config, statistics.get(site.path)) for site, row in planned]
+    record = PatchRecord(tuple(_site_record(model, site, row) for site, row in planned))
+    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
+    record.undo, record.attributes = (undo, record.attributes) if plan.configs[0].keep_original else ([], [])
+    set_record(model, record)
+    return model
+
+
+def _statistics(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]] | Calibration | None) -> dict[str, FFNStatistics]:
+    """What the blocks need to know of the data, by path: Gram matrices where they are pruned, nothing where they start at random."""
+    gram = [block.path for block in plan.blocks if block.config.init == "prune"]
+    if gram and calibration is None:
         raise ConfigError(
             "patch the model with init='prune'",
             got="no calibration data",
             hint="Pass calibration=batches, dicts of model inputs such as {'input_ids': ..., 'attention_mask': ...}.",
         )
-    statistics: dict[str, FFNStatistics] = {}
-    if calibration is not None and plan.config.init != "random":
-        gram = plan.config.init == "prune"
-        known = isinstance(calibration, Calibration)
-        statistics = calibration.of(plan.sites, gram=gram) if known else collect_statistics(model, plan.sites, calibration, gram=gram)
-    blocks = [_build(site, plan.config, statistics.get(site.path)) for site in plan.sites]
-    planned = zip(plan.sites, plan.blocks, strict=True)
-    records = [
-        SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
-        for site, row in planned
-    ]
-    record = PatchRecord(plan.config, tuple(records))
-    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
-    record.undo, record.attributes = (undo, record.attributes) if plan.config.keep_original else ([], [])
-    set_record(model, record)
-    return model
+    sites = [site for site, block in zip(plan.sites, plan.blocks, strict=True) if block.config.init != "random"]
+    if calibration is None or not sites:
+        return {}
+    return calibration.of(sites, gram=gram) if isinstance(calibration, Calibration) else collect_statistics(model, sites, calibration, gram=gram)
+
+
+def _site_record(model: nn.Module, site: Site, row: PlannedBlock) -> SiteRecord:
+    return SiteRecord(relative_path(model, site.path), site.spec, row.config, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
 
 
 def relative_path(model: nn.Module, path: str) -> str:

@@ -16,7 +16,7 @@ from kanformer.errors import CheckpointError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import swap
 from kanformer.surgery.modules import join
-from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
+from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, get_record, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 
@@ -61,7 +61,7 @@ class KANQuantizer(HfQuantizer):
                 delattr(model, name)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
-        config.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+        config.quantization_config = get_record(model, "load the KAN checkpoint").to_dict()  # type: ignore[union-attr]
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():
@@ -91,7 +91,7 @@ def rebuild(model: nn.Module, record: PatchRecord) -> None:
     Raises:
         CheckpointError: a recorded block is not in this model class, or has another shape.
     """
-    pairs = [(site, _empty(site, entry, record)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    pairs = [(site, _empty(site, entry)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
     swap(model, pairs, record)
     record.undo, record.attributes = [], []
     set_record(model, record)
@@ -122,14 +122,14 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
     )
 
 
-def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward:
+def _empty(site: Site, entry: SiteRecord) -> KANFeedForward:
     dense = site.dense()
     if dense.hidden_features != entry.mlp_hidden:
         raise CheckpointError(
             "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
         )
     with torch.device(dense.up_weight.device):
-        block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
+        block = empty_block(dense, entry.config, entry.hidden, down_bias=entry.down_bias)
     add_sentinel(block, entry.spec)
     return block
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kanformer.config import KANConfig
+from kanformer.config import Configs, KANConfig, make_configs
 from kanformer.conversion.build import hidden_width
 from kanformer.conversion.widths import kan_parameters, mlp_parameters
-from kanformer.errors import ConfigError, SurgeryError
+from kanformer.errors import SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.discover import find_sites
 from kanformer.surgery.modules import join
-from kanformer.surgery.select import select
+from kanformer.surgery.select import assign
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 from kanformer.surgery.tables import table
@@ -22,7 +22,7 @@ from kanformer.surgery.tables import table
 
 @dataclass(frozen=True)
 class PlannedBlock:
-    """One block that will be replaced. Widths in channels, parameters as counts."""
+    """One block that will be replaced, and the config that it gets. Widths in channels, parameters as counts."""
 
     path: str
     family: str
@@ -38,6 +38,7 @@ class PlannedBlock:
     device: str
     mlp_parameters: int
     kan_parameters: int
+    config: KANConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class SurgeryPlan:
     """The blocks in the order of the model, and the refusals. `print(plan)` shows both."""
 
     model_class: str
-    config: KANConfig
+    configs: tuple[KANConfig, ...]
     blocks: tuple[PlannedBlock, ...]
     refusals: tuple[Refusal, ...]
     sites: tuple[Site, ...]
@@ -74,7 +75,7 @@ class SurgeryPlan:
         ]
         old, new = (sum(getattr(block, name) for block in self.blocks) for name in ("mlp_parameters", "kan_parameters"))
         rows.append(("total", "", "", "", "", f"{old:,}", f"{new:,}"))
-        what = f"{self.config.edges} edges, {self.config.basis}, init={self.config.init}"
+        what = "; ".join(f"{config.edges} edges, {config.basis}, init={config.init}" for config in self.configs)
         head = f"{self.model_class}: {len(self.blocks)} feed-forward blocks -> {what}, {new / max(old, 1):.3f} x the parameters"
         text = head + "\n" + table(("block", "family", "d/h", "activation", "dtype", "MLP params", "KAN params"), rows, right=(5, 6))
         for refusal in self.refusals:
@@ -82,11 +83,11 @@ class SurgeryPlan:
         return text
 
 
-def plan_surgery(model: nn.Module, config: KANConfig | None = None, *, specs: Sequence[FFNSpec] | None = None, **overrides) -> SurgeryPlan:
+def plan_surgery(model: nn.Module, config: Configs = None, *, specs: Sequence[FFNSpec] | None = None, **overrides) -> SurgeryPlan:
     """Says which blocks `patch_model` would replace and by what. Never changes the model.
 
     Args:
-        config: see `KANConfig`; `overrides` replace single values.
+        config: see `KANConfig`, or a list of them: a block gets the first that selects it. `overrides` replace single values, in each.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
 
     Raises:
@@ -94,29 +95,21 @@ def plan_surgery(model: nn.Module, config: KANConfig | None = None, *, specs: Se
         SurgeryError: the model is patched already, or another quantizer holds its config.
         ConfigError: a wrong setting.
     """
-    config = make_config(config, overrides)
+    configs = make_configs(config, overrides)
     check_patchable(model)
-    sites = select(find_sites(model, specs), config)
     users = _parameter_users(model)
     checked: dict[tuple, str | None] = {}
     blocks, refusals, good = [], [], []
-    for site in sites:
+    for site, own in assign(find_sites(model, specs), configs):
         reason = site.problem() or _tied_outside(site, users) or _checked_disagreement(site, checked)
         if reason is None and not site.path:
             reason = "the block is the whole model; patch the module that holds it"
         if reason is not None:
             refusals.append(Refusal(site.path, site.spec.name, reason))
         else:
-            blocks.append(_describe(site, config))
+            blocks.append(_describe(site, own))
             good.append(site)
-    return SurgeryPlan(type(model).__name__, config, tuple(blocks), tuple(refusals), tuple(good))
-
-
-def make_config(config: KANConfig | None, overrides: dict) -> KANConfig:
-    """The config with overrides applied."""
-    if config is not None and not isinstance(config, KANConfig):
-        raise ConfigError("read the configuration", got=type(config).__name__, expected="kanformer.KANConfig or None")
-    return KANConfig.from_dict(overrides) if config is None else config.replace(**overrides) if overrides else config
+    return SurgeryPlan(type(model).__name__, configs, tuple(blocks), tuple(refusals), tuple(good))
 
 
 def check_patchable(model: nn.Module) -> None:
@@ -163,6 +156,7 @@ def _describe(site: Site, config: KANConfig) -> PlannedBlock:
         gated=dense.gated,
         up_bias=form["up_bias"],
         down_bias=kan_form["down_bias"],
+        config=config,
     )
 
 

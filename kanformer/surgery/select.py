@@ -12,6 +12,27 @@ from kanformer.surgery.modules import layer_number
 from kanformer.surgery.sites import Site
 
 
+def assign(sites: list[Site], configs: tuple[KANConfig, ...]) -> list[tuple[Site, KANConfig]]:
+    """Each site with the first config that selects it, in the order of the model; sites that none selects are left out.
+
+    Raises:
+        NoFeedForwardError: a config selects nothing, or earlier ones took all its blocks.
+    """
+    taken: dict[str, KANConfig] = {}
+    for number, config in enumerate(configs):
+        chosen = [site.path for site in select(sites, config)]
+        free = [path for path in chosen if path not in taken]
+        if not free:
+            raise NoFeedForwardError(
+                "select feed-forward blocks",
+                subject=f"config {number}",
+                got=f"no block: earlier configs took all {len(chosen)} that it selects ({', '.join(chosen[:3])}{', ...' if len(chosen) > 3 else ''})",
+                hint="A block gets the first config that selects it: put the narrower selection first.",
+            )
+        taken.update(dict.fromkeys(free, config))
+    return [(site, taken[site.path]) for site in sites if site.path in taken]
+
+
 def select(sites: list[Site], config: KANConfig) -> list[Site]:
     """The sites that `target_modules`, `layers_to_transform` and `exclude_modules` leave.
 
