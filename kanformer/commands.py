@@ -50,7 +50,7 @@ class PlotArguments:
 
 def patch(arguments: PatchArguments) -> None:
     """Patches a checkpoint and saves it, with its tokenizer where it has one."""
-    from kanformer.config import configs_from
+    from kanformer.configs import configs_from
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.compare import compare as count
     from kanformer.surgery.plan import plan_surgery

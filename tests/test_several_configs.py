@@ -10,7 +10,7 @@ import transformers as tf
 
 import kanformer
 from kanformer import KANConfig
-from kanformer.config import configs_from
+from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.surgery.record import get_record
 from model_cases import BY_NAME, blocks, disturb, same_state, snapshot
@@ -66,7 +66,7 @@ def test_only_pruned_blocks_need_gram_matrices_and_each_kind_starts_in_its_own_w
 
 
 def test_refining_grids_keeps_each_config_apart(tmp_path):
-    model = kanformer.patch_model(BY_NAME["llama"].build(), FULL_FIRST[:1] + [KANConfig(edges="mlp")])
+    model = kanformer.patch_model(BY_NAME["llama"].build(), [*FULL_FIRST[:1], KANConfig(edges="mlp")])
     kanformer.refine_grids(model, 6)
     model.save_pretrained(tmp_path)
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from kanformer.config import Configs, KANConfig
+from kanformer.config import KANConfig
+from kanformer.configs import Configs
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
@@ -15,7 +16,9 @@ from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.calibrate import Calibration, collect_statistics
 from kanformer.surgery.modules import get_path, mark_initialized, references
 from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
+from kanformer.surgery.plan_table import refusal_lines
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
+from kanformer.surgery.select import Where
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
@@ -38,6 +41,7 @@ def patch_model(
     *,
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     specs: Sequence[FFNSpec] | None = None,
+    where: Where | None = None,
     **overrides: Any,
 ) -> Model:
     """Replaces the feed-forward blocks of `model` by KAN-FFNs, in place, all of them or none.
@@ -51,6 +55,7 @@ def patch_model(
         calibration: batches of model inputs (dicts as for `model(**batch)`), or what `calibrate` made of them: needed by
             init="prune"; otherwise optional, it sets each grid to the range of its data. Padding (attention_mask 0) is ignored.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
+        where: a function that says of each block whether it may be taken, see `plan_surgery`.
 
     Returns:
         The same model.
@@ -61,7 +66,7 @@ def patch_model(
         ConfigError: a wrong setting. DataError: calibration without tokens or with NaN.
         In every case the model is as it was.
     """
-    plan = plan_surgery(model, config, specs=specs, **overrides)
+    plan = plan_surgery(model, config, specs=specs, where=where, **overrides)
     _check_complete(plan)
     statistics = _statistics(model, plan, calibration)
     planned = list(zip(plan.sites, plan.blocks, strict=True))
@@ -89,7 +94,7 @@ def _statistics(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mappi
 
 
 def _site_record(model: nn.Module, site: Site, row: PlannedBlock) -> SiteRecord:
-    return SiteRecord(relative_path(model, site.path), site.spec, row.config, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
+    return SiteRecord(relative_path(model, site.path), site.spec, row.config, row.kan_hidden, row.mlp_hidden, row.kan_down_bias, row.down_bias)
 
 
 def relative_path(model: nn.Module, path: str) -> str:
@@ -157,12 +162,10 @@ def _assign(owner: nn.Module, path: str, value: Any) -> None:
 def _check_complete(plan: SurgeryPlan) -> None:
     if not plan.refusals:
         return
-    reasons = "; ".join(f"{refusal.path} ({refusal.family}): {refusal.reason}" for refusal in plan.refusals[:4])
-    more = f"; and {len(plan.refusals) - 4} more" if len(plan.refusals) > 4 else ""
     raise NoFeedForwardError(
         f"patch {'any' if not plan.blocks else 'all'} of the {len(plan.blocks) + len(plan.refusals)} feed-forward blocks",
         subject=plan.model_class,
-        got=reasons + more,
+        got="; ".join(refusal_lines(plan.refusals, 4)),
         hint="Leave them out with exclude_modules=[...], or describe them with specs=[kanformer.FFNSpec(...)].",
     )
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanformer.config import configs_from
+from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model

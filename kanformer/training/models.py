@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kanformer.config import configs_from
+from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model, relative_path
