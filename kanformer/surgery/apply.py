@@ -12,8 +12,8 @@ from kanformer.configs import Configs
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
-from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.calibrate import Calibration, collect_statistics
+from kanformer.surgery.cautions import warn_of_losses
 from kanformer.surgery.modules import get_path, mark_initialized, references
 from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
 from kanformer.surgery.plan_table import refusal_lines
@@ -22,17 +22,9 @@ from kanformer.surgery.select import Where
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.state import keep_state
 
 Model = TypeVar("Model", bound=nn.Module)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def patch_model(
@@ -46,7 +38,8 @@ def patch_model(
 ) -> Model:
     """Replaces the feed-forward blocks of `model` by KAN-FFNs, in place, all of them or none.
 
-    With the default init="exact" the model computes what it computed before.
+    With the default init="exact" the model computes what it computed before. Device, dtype, training modes, requires_grad and the hooks of whole blocks
+    are kept. Make the optimizer, compile and wrap (DDP, FSDP, DeepSpeed, peft) after it: a UserWarning says where that was done before.
 
     Args:
         model: any transformers model of a known family, or any module with `specs`.
@@ -62,12 +55,13 @@ def patch_model(
 
     Raises:
         NoFeedForwardError: no block found, or the selection matches nothing or only in part.
-        SurgeryError: the model is patched or quantized already.
+        SurgeryError: the model is patched, quantized, compiled, wrapped or partitioned already.
         ConfigError: a wrong setting. DataError: calibration without tokens or with NaN.
         In every case the model is as it was.
     """
     plan = plan_surgery(model, config, specs=specs, where=where, **overrides)
     _check_complete(plan)
+    warn_of_losses(model, plan.sites)
     statistics = _statistics(model, plan, calibration)
     planned = list(zip(plan.sites, plan.blocks, strict=True))
     blocks = [_build(site, row.config, statistics.get(site.path)) for site, row in planned]
@@ -128,7 +122,7 @@ def swap(model: nn.Module, pairs: list[tuple[Site, KANFeedForward]], record: Pat
             replace(slot, block)
             for path, part in rest:
                 if isinstance(part, nn.Module):
-                    replace(part, nn.Identity())
+                    replace(part, nn.Identity().train(part.training))
                 else:
                     _set_attribute(record, site.owner_path, owner, path, nn.Identity())
             mark_initialized(model, site.path, block)
@@ -171,25 +165,7 @@ def _check_complete(plan: SurgeryPlan) -> None:
 
 
 def _build(site: Site, config: KANConfig, statistics: FFNStatistics | None) -> KANFeedForward:
-    slot = site.part(site.spec.slot) if site.spec.slot else site.owner
     block = convert(site.dense(), config, statistics)
     add_sentinel(block, site.spec)
-    _keep_state(site, slot, block)
+    keep_state(site, block)
     return block
-
-
-def _keep_state(site: Site, slot: nn.Module, block: KANFeedForward) -> None:
-    """Training mode, requires_grad and (where the slot was the whole block) hooks of what was there."""
-    block.train(slot.training)
-    maps = [(site.up, block.kan_up), (site.down, block.kan_down), (site.up if site.spec.fused else site.gate, block.kan_gate)]
-    for old, new in maps:
-        if old is None or new is None:
-            continue
-        new_weight, new_bias = (new.kan_base_weight, new.kan_bias) if isinstance(new, KANLinear) else (new.weight, new.bias)
-        new_weight.requires_grad_(old.weight.requires_grad)  # type: ignore[union-attr,operator,arg-type]
-        if isinstance(new_bias, nn.Parameter):
-            like = old.bias if old.bias is not None else old.weight
-            new_bias.requires_grad_(like.requires_grad)  # type: ignore[union-attr,operator,arg-type]
-    if site.spec.structure == "module":
-        for name in _HOOKS:
-            setattr(block, name, getattr(slot, name))

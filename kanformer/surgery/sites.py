@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kanformer.conversion import DenseFFN
 from kanformer.errors import SurgeryError
 from kanformer.layers.base_functions import base_function
-from kanformer.surgery.modules import get_path, is_linear, join, linear_tensors
+from kanformer.surgery.maps import map_problem
+from kanformer.surgery.modules import get_path, join, linear_tensors
 from kanformer.surgery.spec import FFNSpec
 
 
@@ -97,14 +98,9 @@ class Site:
 
     def _problem_of_linears(self) -> str | None:
         for path, module in self.linears.items():
-            if not is_linear(module, self.owner):
-                return f"{path} is {type(module).__module__}.{type(module).__name__}, not nn.Linear or Conv1D"
-            weight = module.weight
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "ds_id"):
-                return f"{path}.weight is quantized or partitioned"
-            hook = getattr(module, "_hf_hook", None)
-            if hook is not None and (getattr(hook, "offload", False) or weight.is_meta):
-                return f"{path} is offloaded by accelerate; load the model without offloading"
+            reason = map_problem(path, module, self.owner)
+            if reason is not None:
+                return reason
         up, down = linear_tensors(self.up)[0], linear_tensors(self.down)[0]
         if self.spec.fused and up.shape[0] == 2 * down.shape[1]:
             up = up[: down.shape[1]]
