@@ -19,7 +19,7 @@ class PatchArguments:
 
     model: str = option("", "folder or hub id")
     out: str = option("", "folder for the patched model")
-    kan: dict = option({}, "KANConfig values, for example --kan.init prune --kan.param_ratio 0.5")
+    kan: dict | list = option({}, "KANConfig values, for example --kan.init prune --kan.param_ratio 0.5, or a list of them")
     text: str | None = option(None, "calibration text, a text per line")
     calibration_samples: int = option(256, "texts to calibrate on", ge=1)
     max_length: int = option(128, "tokens per text", ge=2)
@@ -50,14 +50,14 @@ class PlotArguments:
 
 def patch(arguments: PatchArguments) -> None:
     """Patches a checkpoint and saves it, with its tokenizer where it has one."""
-    from kanformer.config import KANConfig
+    from kanformer.configs import configs_from
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.compare import compare as count
     from kanformer.surgery.plan import plan_surgery
     from kanformer.training.checkpoint import write_folder
 
     _need(arguments.model, "model")
-    config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
+    config = configs_from(arguments.kan, keep_original=False)
     model = _load(arguments.model)
     if arguments.dry_run:
         print(plan_surgery(model, config))

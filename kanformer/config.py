@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kanformer.errors import ConfigError, did_you_mean
+from kanformer.selection import EXPERTS, LAYERS_EXPECTED, TOWERS, layers_are_good, read_layers
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no layers_pattern, towers and experts; it is still read
 EDGES = ("shared", "full", "mlp")
 INITS = ("exact", "prune", "random")
 
@@ -18,6 +19,9 @@ INITS = ("exact", "prune", "random")
 @dataclass(frozen=True)
 class KANConfig:
     """Settings of `kanformer.patch_model`, saved with the model.
+
+    The settings from `target_modules` to `experts` say which blocks it is for: those that fit all of them. Each entry of a list must fit a block, so
+    that nothing is left out in silence; an entry that fits none is an error.
 
     Attributes:
         basis: family of the edge functions, one of `kanformer.bases.available()`.
@@ -35,9 +39,14 @@ class KANConfig:
         width: hidden width: None (the MLP's, or from `param_ratio`), "match" (the largest whose parameters do
             not exceed the MLP's) or a number; the last two only with init="random".
         ridge: relative ridge of the closed-form refit, >= 0, in units of the Gram matrix's mean diagonal.
-        target_modules: paths of the blocks to patch: a regular expression (str) or globs (list); None means all.
+        target_modules: paths of the blocks to patch: a regular expression for the whole path (str), or globs and endings such as "mlp" and
+            "layers.0.fc1" (list); None means all.
         exclude_modules: the same for blocks to leave alone.
-        layers_to_transform: layer numbers to patch; None means all.
+        layers_to_transform: a layer number, a range as text (`"0-5"` with both ends, `"4-"`, or several: `"0-2,5"`), or a list of them; None means all.
+            Negative numbers count from the end of each list of layers (-1: the last of the encoder and the last of the decoder).
+        layers_pattern: name of the list whose numbers are meant ("blocks"), or several, where a path has more than one; None means the first number in it.
+        towers: parts of the model, any of "encoder", "decoder", "text", "vision" and "audio" (see `kanformer.surgery.towers`); None means all.
+        experts: "include" (default), "only" or "exclude" the experts of mixtures; experts that every token passes (shared_expert) do not count as such.
         keep_original: keep the MLPs beside the model, so that `unpatch_model` can put them back.
     """
 
@@ -55,16 +64,20 @@ class KANConfig:
     ridge: float = 1e-5
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
+    layers_to_transform: tuple[int | str, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    towers: tuple[str, ...] | None = None
+    experts: str = "include"
     keep_original: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "grid_range"):
+        object.__setattr__(self, "layers_to_transform", read_layers(self.layers_to_transform))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "towers", "grid_range"):
             value = getattr(self, name)
-            if isinstance(value, list | set | range):
+            if isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.layers_to_transform, int):
-            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
+            elif isinstance(value, str) and name in ("layers_pattern", "towers"):
+                object.__setattr__(self, name, (value,))
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -76,14 +89,20 @@ class KANConfig:
         from kanformer import bases
 
         choices = {"basis": bases.available(), "edges": EDGES, "init": INITS, "knots": ("uniform", "free"), "extrapolation": ("zero", "linear")}
+        choices["experts"] = EXPERTS
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
                 self._fail(name, f"one of {', '.join(known)}", did_you_mean(str(value), known))
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "towers"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or (isinstance(value, tuple) and all(isinstance(v, str) for v in value))):
-                self._fail(name, "None, a regular expression or a list of globs")
+                self._fail(name, "None, a regular expression or a list of globs" if "modules" in name else "None, a name or a list of names")
+        for tower in self.towers or ():
+            if tower not in TOWERS:
+                self._fail("towers", f"any of {', '.join(TOWERS)}", did_you_mean(tower, TOWERS))
+        if not layers_are_good(self.layers_to_transform):
+            self._fail("layers_to_transform", LAYERS_EXPECTED)
         if not isinstance(self.keep_original, bool):
             self._fail("keep_original", "True or False")
 
@@ -99,9 +118,6 @@ class KANConfig:
             self._fail("grid_range", "two finite numbers lo < hi")
         if not _is_number(self.ridge) or self.ridge < 0:
             self._fail("ridge", "a finite number >= 0")
-        layers = self.layers_to_transform
-        if layers is not None and not (isinstance(layers, tuple) and all(_is_int(v) and v >= 0 for v in layers)):
-            self._fail("layers_to_transform", "layer numbers, integers >= 0")
         if not (self.width is None or self.width == "match" or (_is_int(self.width) and self.width >= 1)):  # type: ignore[operator]
             self._fail("width", 'None, "match" or an integer >= 1')
 
@@ -128,7 +144,7 @@ class KANConfig:
         """
         values = dict(values)
         version = values.pop("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             raise ConfigError(
                 "read a KAN configuration",
                 subject=f"schema_version={version!r}",

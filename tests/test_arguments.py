@@ -29,7 +29,7 @@ class Settings:
     keep: int | None = option(2, "a whole number or nothing", ge=1)
     fast: bool = option(False, "a switch")
     kind: str = option("red", "a choice", ("red", "green"))
-    kan: dict = option({"init": "prune", "param_ratio": 0.5}, "a mapping")
+    kan: dict | list = option({"init": "prune", "param_ratio": 0.5}, "a mapping, or several")
     more: dict | None = option(None, "a mapping or nothing")
 
 
@@ -89,6 +89,9 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path):
 
 def test_a_dotted_override_changes_one_key_of_the_files_mapping(tmp_path):
     assert parse("--kan.b", "2", yaml="kan: {a: 1, b: 1}", folder=tmp_path).kan == {"a": 1, "b": 2}
+    assert parse("--kan.b", "2", yaml="kan: [{a: 1, b: 1}, {a: 3}]", folder=tmp_path).kan == [{"a": 1, "b": 2}, {"a": 3, "b": 2}]
+    with pytest.raises(ConfigError, match="kan.*got 5, expected dict"):
+        parse("--kan.b", "2", yaml="kan: [{a: 1}, 5]", folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
         ("steps: [", "config.yaml"),
         ("- steps", "got list, expected a mapping"),
         ("steps: '3'", "steps.*got '3', expected int"),
-        ("kan: 5", "kan.*got 5, expected dict"),
+        ("kan: 5", "kan.*got 5, expected dict or list"),
         ("rate: .nan", "rate.*got nan"),
     ],
 )

@@ -32,7 +32,10 @@ def configs(draw) -> KANConfig:
         ridge=draw(st.floats(0, 1)),
         target_modules=draw(globs),
         exclude_modules=draw(globs),
-        layers_to_transform=draw(st.none() | st.lists(st.integers(0, 99), max_size=4).map(tuple)),
+        layers_to_transform=draw(st.none() | st.lists(st.integers(-99, 99) | st.sampled_from(["0-5", "4-", "-3--1"]), max_size=4).map(tuple)),
+        layers_pattern=draw(st.none() | st.lists(st.text(max_size=4), max_size=2).map(tuple)),
+        towers=draw(st.none() | st.lists(st.sampled_from(["encoder", "text"]), max_size=2).map(tuple)),
+        experts=draw(st.sampled_from(["include", "only", "exclude"])),
         keep_original=draw(st.booleans()),
     )
 
@@ -96,9 +99,19 @@ def test_the_default_is_the_exact_shared_cubic():
         ({"target_modules": 3}, "target_modules"),
         ({"target_modules": [1, 2]}, "target_modules"),
         ({"exclude_modules": {"a": 1}}, "exclude_modules"),
-        ({"layers_to_transform": [-1]}, "layers_to_transform"),
-        ({"layers_to_transform": ["0"]}, "layers_to_transform"),
         ({"layers_to_transform": 1.5}, "layers_to_transform"),
+        ({"layers_to_transform": True}, "layers_to_transform"),
+        ({"layers_to_transform": [0, None]}, "layers_to_transform"),
+        ({"layers_to_transform": ""}, "layers_to_transform"),
+        ({"layers_to_transform": "0-5-9"}, "layers_to_transform"),
+        ({"layers_to_transform": "5-2"}, "layers_to_transform"),
+        ({"layers_to_transform": ["-1--3"]}, "layers_to_transform"),
+        ({"layers_to_transform": "first"}, "layers_to_transform"),
+        ({"layers_pattern": 3}, "layers_pattern"),
+        ({"towers": ["encoder", "image"]}, "towers"),
+        ({"towers": 1}, "towers"),
+        ({"experts": True}, "experts"),
+        ({"experts": "none"}, "experts"),
         ({"keep_original": "no"}, "keep_original"),
         ({"keep_original": 1}, "keep_original"),
     ],
@@ -123,7 +136,12 @@ def test_an_unknown_key_names_the_near_one(make):
         make({"gridsize": 5})
 
 
-@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, "1", None])
+def test_version_1_of_the_schema_is_still_read():
+    values = {key: value for key, value in KANConfig(grid_size=5).to_dict().items() if key not in ("layers_pattern", "towers", "experts")}
+    assert KANConfig.from_dict({**values, "schema_version": 1}) == KANConfig(grid_size=5)
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", True, None])
 def test_another_schema_version_is_refused_before_its_keys_are_read(version):
     with pytest.raises(ConfigError, match="schema_version"):
         KANConfig.from_dict({"schema_version": version, "a_key_of_the_future": 1})
@@ -139,6 +157,8 @@ def test_lists_and_single_numbers_become_tuples():
     config = KANConfig(target_modules=["*.mlp"], exclude_modules=["*.0.*"], layers_to_transform=range(2), grid_range=[-1, 1])  # type: ignore[arg-type]
     assert (config.target_modules, config.exclude_modules, config.layers_to_transform, config.grid_range) == (("*.mlp",), ("*.0.*",), (0, 1), (-1, 1))
     assert KANConfig(layers_to_transform=3).layers_to_transform == (3,)  # type: ignore[arg-type]
+    assert KANConfig(layers_to_transform="0 - 2, 5,-1").layers_to_transform == ("0-2", 5, -1)  # type: ignore[arg-type]
+    assert (KANConfig(towers="text").towers, KANConfig(layers_pattern="blocks").layers_pattern) == (("text",), ("blocks",))  # type: ignore[arg-type]
 
 
 def test_replace_changes_a_copy_and_checks_it():

@@ -90,7 +90,7 @@ def test_refined_grids_keep_the_function_and_are_stored(name, settings, tmp_path
     assert all(report.change < 1e-12 for report in reports.values())
     assert (case.logits(model) - before).norm() < 1e-6 * before.norm()
     assert [path for path, module in splines(model).items() if not module.kan_coef.requires_grad] == [frozen]
-    assert model.config.quantization_config["config"]["grid_size"] == 2 * size
+    assert model.config.quantization_config["configs"][0]["grid_size"] == 2 * size
     _comes_back(case, model, tmp_path)
     assert "MLP params" in str(kanformer.compare(model))
     kanformer.unpatch_model(model)
@@ -135,7 +135,7 @@ def test_a_refusal_leaves_every_layer_as_it_was():
     assert same_state(snapshot(model), before)
     with pytest.raises(ConfigError, match="a multiple of 8, such as 16"):
         kanformer.refine_grids(model, 12)
-    assert same_state(snapshot(model), before) and model.config.quantization_config["config"]["grid_size"] == 8
+    assert same_state(snapshot(model), before) and model.config.quantization_config["configs"][0]["grid_size"] == 8
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -8,82 +8,86 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kanformer.config import KANConfig
+from kanformer.configs import Configs
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
-from kanformer.layers import KANFeedForward
-from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.assemble import KANModule, assemble, block_paths
 from kanformer.surgery.calibrate import Calibration, collect_statistics
+from kanformer.surgery.cautions import warn_of_losses
 from kanformer.surgery.modules import PassThrough, get_path, mark_initialized, references
-from kanformer.surgery.plan import SurgeryPlan, plan_surgery
+from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
+from kanformer.surgery.plan_table import refusal_lines
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
+from kanformer.surgery.select import Where
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.state import keep_state
 
 Model = TypeVar("Model", bound=nn.Module)
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def patch_model(
     model: Model,
-    config: KANConfig | None = None,
+    config: Configs = None,
     *,
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     specs: Sequence[FFNSpec] | None = None,
+    where: Where | None = None,
     **overrides: Any,
 ) -> Model:
     """Replaces the feed-forward blocks of `model` by KAN-FFNs, in place, all of them or none.
 
-    With the default init="exact" the model computes what it computed before.
+    With the default init="exact" the model computes what it computed before. Device, dtype, training modes, requires_grad and the hooks of whole blocks
+    are kept. Make the optimizer, compile and wrap (DDP, FSDP, DeepSpeed, peft) after it: a UserWarning says where that was done before.
 
     Args:
         model: any transformers model of a known family, or any module with `specs`.
-        config: see `KANConfig`; `overrides` replace single values (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
+        config: see `KANConfig`, or a list of them: a block gets the first that selects it, and one that none selects stays an MLP.
+            `overrides` replace single values, in each config (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
         calibration: batches of model inputs (dicts as for `model(**batch)`), or what `calibrate` made of them: needed by
             init="prune"; otherwise optional, it sets each grid to the range of its data. Padding (attention_mask 0) is ignored.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
+        where: a function that says of each block whether it may be taken, see `plan_surgery`.
 
     Returns:
         The same model.
 
     Raises:
         NoFeedForwardError: no block found, or the selection matches nothing or only in part.
-        SurgeryError: the model is patched or quantized already.
+        SurgeryError: the model is patched, quantized, compiled, wrapped or partitioned already.
         ConfigError: a wrong setting. DataError: calibration without tokens or with NaN.
         In every case the model is as it was.
     """
-    plan = plan_surgery(model, config, specs=specs, **overrides)
+    plan = plan_surgery(model, config, specs=specs, where=where, **overrides)
     _check_complete(plan)
-    if plan.config.init == "prune" and calibration is None:
+    warn_of_losses(model, plan.sites)
+    statistics = _statistics(model, plan, calibration)
+    planned = list(zip(plan.sites, plan.blocks, strict=True))
+    blocks = [_build(site, row.config, statistics) for site, row in planned]
+    record = PatchRecord(tuple(_site_record(model, site, row) for site, row in planned))
+    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
+    record.undo, record.attributes = (undo, record.attributes) if plan.configs[0].keep_original else ([], [])
+    set_record(model, record)
+    return model
+
+
+def _statistics(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mapping[str, Any]] | Calibration | None) -> dict[str, FFNStatistics]:
+    """What the blocks need to know of the data, by path: Gram matrices where they are pruned, nothing where they start at random."""
+    gram = [block.path for block in plan.blocks if block.config.init == "prune"]
+    if gram and calibration is None:
         raise ConfigError(
             "patch the model with init='prune'",
             got="no calibration data",
             hint="Pass calibration=batches, dicts of model inputs such as {'input_ids': ..., 'attention_mask': ...}.",
         )
-    statistics: dict[str, FFNStatistics] = {}
-    if calibration is not None and plan.config.init != "random":
-        gram = plan.config.init == "prune"
-        known = isinstance(calibration, Calibration)
-        statistics = calibration.of(plan.sites, gram=gram) if known else collect_statistics(model, plan.sites, calibration, gram=gram)
-    blocks = [_build(site, plan.config, statistics) for site in plan.sites]
-    planned = zip(plan.sites, plan.blocks, strict=True)
-    records = [
-        SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
-        for site, row in planned
-    ]
-    record = PatchRecord(plan.config, tuple(records))
-    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
-    record.undo, record.attributes = (undo, record.attributes) if plan.config.keep_original else ([], [])
-    set_record(model, record)
-    return model
+    sites = [site for site, block in zip(plan.sites, plan.blocks, strict=True) if block.config.init != "random"]
+    if calibration is None or not sites:
+        return {}
+    return calibration.of(sites, gram=gram) if isinstance(calibration, Calibration) else collect_statistics(model, sites, calibration, gram=gram)
+
+
+def _site_record(model: nn.Module, site: Site, row: PlannedBlock) -> SiteRecord:
+    return SiteRecord(relative_path(model, site.path), site.spec, row.config, row.kan_hidden, row.mlp_hidden, row.kan_down_bias, row.down_bias)
 
 
 def relative_path(model: nn.Module, path: str) -> str:
@@ -150,48 +154,16 @@ def _assign(owner: nn.Module, path: str, value: Any) -> None:
 def _check_complete(plan: SurgeryPlan) -> None:
     if not plan.refusals:
         return
-    reasons = "; ".join(f"{refusal.path} ({refusal.family}): {refusal.reason}" for refusal in plan.refusals[:4])
-    more = f"; and {len(plan.refusals) - 4} more" if len(plan.refusals) > 4 else ""
     raise NoFeedForwardError(
         f"patch {'any' if not plan.blocks else 'all'} of the {len(plan.blocks) + len(plan.refusals)} feed-forward blocks",
         subject=plan.model_class,
-        got=reasons + more,
+        got="; ".join(refusal_lines(plan.refusals, 4)),
         hint="Leave them out with exclude_modules=[...], or describe them with specs=[kanformer.FFNSpec(...)].",
     )
 
 
 def _build(site: Site, config: KANConfig, statistics: dict[str, FFNStatistics]) -> KANModule:
-    slot = site.part(site.spec.slot) if site.spec.slot else site.owner
     blocks = [convert(dense, config, statistics.get(path)) for path, dense in zip(block_paths(site), site.denses(), strict=True)]
     module = assemble(site, blocks)
-    _keep_state(site, slot, module, blocks)
+    keep_state(site, module)
     return module
-
-
-def _keep_state(site: Site, slot: nn.Module, module: KANModule, blocks: list[KANFeedForward]) -> None:
-    """Training mode, requires_grad and (where the slot was the whole block) hooks of what was there."""
-    module.train(slot.training)
-    trained = _trained(site)
-    for block in blocks:
-        for name, flags in trained.items():
-            new = getattr(block, name)
-            if new is None:
-                continue
-            weight, bias = (new.kan_base_weight, new.kan_bias) if isinstance(new, KANLinear) else (new.weight, new.bias)
-            weight.requires_grad_(flags[0])
-            if isinstance(bias, nn.Parameter):
-                bias.requires_grad_(flags[1])
-    if site.spec.structure in ("module", "experts"):
-        for name in _HOOKS:
-            setattr(module, name, getattr(slot, name))
-
-
-def _trained(site: Site) -> dict[str, tuple[bool, bool]]:
-    """Whether the weight and the bias behind each map of the KAN-FFN were trained."""
-    found = {}
-    for name, path in (("kan_up", site.spec.up), ("kan_down", site.spec.down), ("kan_gate", site.spec.up if site.spec.fused else site.spec.gate)):
-        if path:
-            part = site.part(path)
-            weight, bias = (part, getattr(site.owner, f"{path}_bias", None)) if site.spec.experts else (part.weight, part.bias)
-            found[name] = (weight.requires_grad, (weight if bias is None else bias).requires_grad)
-    return found

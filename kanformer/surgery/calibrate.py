@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ class Calibration:
     statistics: dict[str, FFNStatistics]
     gram: bool
 
-    def of(self, sites: Sequence[Site], *, gram: bool) -> dict[str, FFNStatistics]:
-        """The statistics of these blocks.
+    def of(self, sites: Sequence[Site], *, gram: Collection[str]) -> dict[str, FFNStatistics]:
+        """The statistics of these blocks; `gram` are the paths of those that need Gram matrices.
 
         Raises:
             ConfigError: a block was not seen, has another width, or its Gram matrix was not gathered.
@@ -60,17 +60,17 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: b
         NoFeedForwardError: no block found. DataError: no tokens, or inputs that are not finite.
     """
     sites = [site for site in find_sites(model, specs) if site.problem() is None]
-    return Calibration(collect_statistics(model, sites, batches, gram=gram), gram)
+    return Calibration(collect_statistics(model, sites, batches, gram=[site.path for site in sites] if gram else ()), gram)
 
 
-def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[str, Any]], *, gram: bool) -> dict[str, FFNStatistics]:
+def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[str, Any]], *, gram: Collection[str]) -> dict[str, FFNStatistics]:
     """One streaming pass, in eval mode and without gradients; the model is afterwards as before.
 
     Under torch.distributed all processes must call it, each with its own share of the data: each gets the statistics of all of it.
 
     Args:
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
-        gram: whether to gather Gram matrices of the hidden channels, (h, h) float64 per block.
+        gram: paths of the blocks whose Gram matrices of the hidden channels, (h, h) float64, are gathered.
 
     Returns:
         Statistics by `block_paths` of the sites. An expert that no token reached has none: its grids stay as configured, and a warning says so.
@@ -79,7 +79,7 @@ def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterabl
         DataError: no batch, no unmasked token, or an input that is not finite.
     """
     names = {site: block_paths(site) for site in sites}
-    statistics = {path: FFNStatistics(path, gram) for paths in names.values() for path in paths}
+    statistics = {path: FFNStatistics(path, site.path in gram) for site, paths in names.items() for path in paths}
     batch: dict[str, Any] = {}
     handles = [_watch(site, [statistics[path] for path in paths], batch) for site, paths in names.items()]
     try:

@@ -9,6 +9,7 @@ from torch import nn
 
 from kanformer.errors import NoFeedForwardError
 from kanformer.surgery.architectures import all_specs
+from kanformer.surgery.maps import base_map
 from kanformer.surgery.modules import is_conv1d
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
@@ -25,15 +26,26 @@ def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list
     """
     known = tuple(specs) if specs else all_specs()
     patterns = [(re.compile(spec.owner), spec) for spec in known]
+    hidden = any(base_map(module) is not None for module in model.modules())
     sites = []
     for path, module in model.named_modules():
         found = [spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)][:1]
-        sites += [Site(model, path, spec) for spec in found or ([] if specs else structural_specs(path, module))]
+        if not found and not specs:
+            found = structural_specs(path, module) or (structural_specs(path, _with_base_maps(module)) if hidden else [])
+        sites += [Site(model, path, spec) for spec in found]
     if not sites:
         raise NoFeedForwardError(
             "find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC
         )
     return sites
+
+
+def _with_base_maps(module: nn.Module, depth: int = 2) -> nn.Module:
+    """A shallow copy in which the maps under adapters and quantizers are seen, so that their blocks are found and refused by name."""
+    view = object.__new__(type(module))
+    children = {name: child and (base_map(child) or (_with_base_maps(child, depth - 1) if depth > 1 else child)) for name, child in module._modules.items()}
+    view.__dict__.update(module.__dict__, _modules=children)
+    return view
 
 
 HOW_TO_GIVE_A_SPEC = (

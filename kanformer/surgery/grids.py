@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def refine_grids(model: nn.Module, grid_size: int, *, tolerance: float | None = 
         reports = {path: planned.apply() for (path, _, _), planned in zip(modules, plans, strict=True)}
         holder, record = find_record(model)
         if holder is not None and record is not None:
-            record.config = record.config.replace(grid_size=grid_size)
+            record.sites = tuple(dataclasses.replace(site, config=site.config.replace(grid_size=grid_size)) for site in record.sites)
             set_record(holder, record)
     except BaseException:
         for module, coef, grid, basis in before:

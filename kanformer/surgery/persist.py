@@ -18,7 +18,7 @@ from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import swap
 from kanformer.surgery.assemble import KANModule, assemble
 from kanformer.surgery.modules import join
-from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
+from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, get_record, set_record
 from kanformer.surgery.sentinel import freeze_sentinels
 from kanformer.surgery.sites import Site
 
@@ -63,7 +63,7 @@ class KANQuantizer(HfQuantizer):
                 delattr(model, name)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
-        config.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+        config.quantization_config = get_record(model, "load the KAN checkpoint").to_dict()  # type: ignore[union-attr]
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():
@@ -108,7 +108,7 @@ def rebuild(model: nn.Module, record: PatchRecord) -> None:
     Raises:
         CheckpointError: a recorded block is not in this model class, or has another shape.
     """
-    pairs = [(site, _empty(site, entry, record)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    pairs = [(site, _empty(site, entry)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
     swap(model, pairs, record)
     record.undo, record.attributes = [], []
     set_record(model, record)
@@ -139,7 +139,7 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
     )
 
 
-def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANModule:
+def _empty(site: Site, entry: SiteRecord) -> KANModule:
     denses = site.denses()
     dense = denses[0]
     if dense.hidden_features != entry.mlp_hidden:
@@ -147,7 +147,7 @@ def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANModule:
             "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
         )
     with torch.device(dense.up_weight.device):
-        return assemble(site, [empty_block(each, record.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
+        return assemble(site, [empty_block(each, entry.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
 
 
 def register_with_transformers() -> None:

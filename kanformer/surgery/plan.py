@@ -2,177 +2,85 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from kanformer.config import KANConfig
-from kanformer.conversion.build import hidden_width
-from kanformer.conversion.widths import kan_parameters, mlp_parameters
-from kanformer.errors import ConfigError, SurgeryError
-from kanformer.layers import KANFeedForward
+from kanformer.configs import Configs, make_configs
+from kanformer.surgery.blocks import PlannedBlock, Refusal, plan_block
 from kanformer.surgery.candidates import checked_disagreement
 from kanformer.surgery.discover import find_sites
 from kanformer.surgery.modules import join
-from kanformer.surgery.select import select
+from kanformer.surgery.patchable import check_patchable
+from kanformer.surgery.plan_table import plan_text
+from kanformer.surgery.select import Where, assign
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
-from kanformer.surgery.tables import table
-
-
-@dataclass(frozen=True)
-class PlannedBlock:
-    """One block that will be replaced. Widths in channels, parameters as counts."""
-
-    path: str
-    family: str
-    structure: str
-    in_features: int
-    mlp_hidden: int
-    kan_hidden: int
-    gated: bool
-    activation: str
-    up_bias: bool
-    down_bias: bool
-    dtype: str
-    device: str
-    mlp_parameters: int
-    kan_parameters: int
-    experts: int = 1
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One block that was found and cannot be replaced."""
-
-    path: str
-    family: str
-    reason: str
 
 
 @dataclass(frozen=True)
 class SurgeryPlan:
-    """The blocks in the order of the model, and the refusals. `print(plan)` shows both."""
+    """What would be replaced, in the order of the model. `print(plan)` shows it in a table that fits the terminal.
+
+    Attributes:
+        blocks: the selected blocks, each with the config that it gets.
+        refusals: selected blocks that cannot be replaced; `patch_model` raises while there are any.
+        left: paths of the blocks that no config selects; they stay MLPs.
+    """
 
     model_class: str
-    config: KANConfig
+    configs: tuple[KANConfig, ...]
     blocks: tuple[PlannedBlock, ...]
     refusals: tuple[Refusal, ...]
     sites: tuple[Site, ...]
+    left: tuple[str, ...]
 
     def __str__(self) -> str:
-        rows = [
-            (
-                block.path,
-                block.family,
-                f"{block.in_features}/{block.mlp_hidden}" + (f">{block.kan_hidden}" if block.kan_hidden != block.mlp_hidden else ""),
-                ("gated " if block.gated else "") + block.activation + (f" x{block.experts}" if block.experts > 1 else ""),
-                block.dtype,
-                f"{block.mlp_parameters:,}",
-                f"{block.kan_parameters:,}",
-            )
-            for block in self.blocks
-        ]
-        old, new = (sum(getattr(block, name) for block in self.blocks) for name in ("mlp_parameters", "kan_parameters"))
-        rows.append(("total", "", "", "", "", f"{old:,}", f"{new:,}"))
-        what = f"{self.config.edges} edges, {self.config.basis}, init={self.config.init}"
-        head = f"{self.model_class}: {len(self.blocks)} feed-forward blocks -> {what}, {new / max(old, 1):.3f} x the parameters"
-        text = head + "\n" + table(("block", "family", "d/h", "activation", "dtype", "MLP params", "KAN params"), rows, right=(5, 6))
-        for refusal in self.refusals:
-            text += f"\nrefused: {refusal.path} ({refusal.family}): {refusal.reason}"
-        return text
+        return self.text(shutil.get_terminal_size((100, 24)).columns)
+
+    def text(self, width: int) -> str:
+        """A table in lines of at most `width` columns (80 or more): like blocks in one row, like refusals in one line."""
+        return plan_text(self, max(width, 80))
 
 
-def plan_surgery(model: nn.Module, config: KANConfig | None = None, *, specs: Sequence[FFNSpec] | None = None, **overrides) -> SurgeryPlan:
+def plan_surgery(
+    model: nn.Module, config: Configs = None, *, specs: Sequence[FFNSpec] | None = None, where: Where | None = None, **overrides: Any
+) -> SurgeryPlan:
     """Says which blocks `patch_model` would replace and by what. Never changes the model.
 
     Args:
-        config: see `KANConfig`; `overrides` replace single values.
+        config: see `KANConfig`, or a list of them: a block gets the first that selects it. `overrides` replace single values, in each.
         specs: descriptions of the blocks, for model classes that kanformer does not know.
+        where: a function of a `FoundBlock` (path, layer, towers, expert, owner, widths, ...) that says whether the block may be taken, in every config:
+            `where=lambda block: block.mlp_hidden > 1024`.
 
     Raises:
-        NoFeedForwardError: no block found, or the selection matches nothing.
+        NoFeedForwardError: no block found, or the selection matches nothing or only in part.
         SurgeryError: the model is patched already, or another quantizer holds its config.
         ConfigError: a wrong setting.
     """
-    config = make_config(config, overrides)
+    configs = make_configs(config, overrides)
     check_patchable(model)
-    sites = select(find_sites(model, specs), config)
     users = _parameter_users(model)
     blocks, refusals, good = [], [], []
-    for site in sites:
+    found = find_sites(model, specs)
+    chosen = assign(found, configs, where)
+    for site, own in chosen:
         reason = site.problem() or _tied_outside(site, users) or checked_disagreement(site)
         if reason is None and not site.path:
             reason = "the block is the whole model; patch the module that holds it"
         if reason is not None:
-            refusals.append(Refusal(site.path, site.spec.name, reason))
+            refusals.append(Refusal(site.path, site.spec.name, reason, type(site.owner).__name__))
         else:
-            blocks.append(_describe(site, config))
+            blocks.append(plan_block(site, own))
             good.append(site)
-    return SurgeryPlan(type(model).__name__, config, tuple(blocks), tuple(refusals), tuple(good))
-
-
-def make_config(config: KANConfig | None, overrides: dict) -> KANConfig:
-    """The config with overrides applied."""
-    if config is not None and not isinstance(config, KANConfig):
-        raise ConfigError("read the configuration", got=type(config).__name__, expected="kanformer.KANConfig or None")
-    return KANConfig.from_dict(overrides) if config is None else config.replace(**overrides) if overrides else config
-
-
-def check_patchable(model: nn.Module) -> None:
-    """Raises SurgeryError if the model is no module, patched already or quantized."""
-    if not isinstance(model, nn.Module):
-        raise SurgeryError("plan surgery", got=type(model).__name__, expected="a torch.nn.Module, for example from AutoModel.from_pretrained(...)")
-    patched = next((path for path, module in model.named_modules() if isinstance(module, KANFeedForward)), None)
-    if patched is not None:
-        raise SurgeryError(
-            "patch the model",
-            subject=type(model).__name__,
-            got=f"a model that is patched already (at {patched})",
-            hint="Call kanformer.unpatch_model(model) first, or load the original.",
-        )
-    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", type(quantization).__name__)
-        raise SurgeryError(
-            "patch the model",
-            subject=type(model).__name__,
-            got=f"a model quantized by {method}",
-            expected="an unquantized one",
-            hint="Load it without quantization_config.",
-        )
-
-
-def _describe(site: Site, config: KANConfig) -> PlannedBlock:
-    denses = site.denses()
-    dense, experts = denses[0], len(denses)
-    form = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
-    hidden = hidden_width(dense, config)
-    kan_form = form | ({"down_bias": True} if config.init == "prune" else {})
-    return PlannedBlock(
-        path=site.path,
-        family=site.spec.name,
-        structure=site.spec.structure,
-        in_features=dense.in_features,
-        mlp_hidden=dense.hidden_features,
-        kan_hidden=hidden,
-        activation=_activation_name(site),
-        dtype=str(dense.up_weight.dtype).removeprefix("torch."),
-        device=str(dense.up_weight.device),
-        mlp_parameters=experts * (mlp_parameters(dense.in_features, dense.hidden_features, **form) + dense.other_parameters),
-        kan_parameters=experts * (kan_parameters(dense.in_features, hidden, config, **kan_form) + dense.other_parameters),
-        experts=experts,
-        gated=dense.gated,
-        up_bias=form["up_bias"],
-        down_bias=kan_form["down_bias"],
-    )
-
-
-def _activation_name(site: Site) -> str:
-    activation = site.activation
-    name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "function")
-    return name.removesuffix("Activation")
+    taken = {site.path for site, _ in chosen}
+    left = tuple(site.path for site in found if site.path not in taken)
+    return SurgeryPlan(type(model).__name__, configs, tuple(blocks), tuple(refusals), tuple(good), left)
 
 
 def _parameter_users(model: nn.Module) -> dict[int, list[str]]:

@@ -14,7 +14,7 @@ from kanformer.surgery.spec import FFNSpec
 
 _ATTRIBUTE = "_kanformer_record"
 QUANT_METHOD = "kan"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,45 +24,48 @@ class SiteRecord:
     Attributes:
         path: of the KAN-FFN, relative to the base model (so that it holds for AutoModel and AutoModelForCausalLM alike).
         spec: how the family writes its block.
+        config: what the KAN-FFN was made with.
         hidden: the KAN-FFN's width. mlp_hidden: the MLP's.
         down_bias: whether the KAN-FFN's down map has a bias. mlp_down_bias: whether the MLP's had.
     """
 
     path: str
     spec: FFNSpec
+    config: KANConfig
     hidden: int
     mlp_hidden: int
     down_bias: bool
     mlp_down_bias: bool
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], specs: list[FFNSpec]) -> SiteRecord:
-        """Reads what `to_dict` wrote; `spec` is a number in the list of specs."""
+    def from_dict(cls, values: dict[str, Any], specs: list[FFNSpec], configs: list[KANConfig]) -> SiteRecord:
+        """Reads what `to_dict` wrote; `spec` and `config` are numbers in these lists."""
         action, known = "read the patched blocks from config.json", {field.name: field.type for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) != set(known):
             raise CheckpointError(action, got=f"an entry {values!r}", expected=f"an object with the keys {sorted(known)}")
-        spec, widths = values["spec"], (values["hidden"], values["mlp_hidden"])
-        good = isinstance(values["path"], str) and type(spec) is int and 0 <= spec < len(specs)
-        good = good and all(type(width) is int and width >= 1 for width in widths)
+        lists: tuple[tuple[str, list], ...] = (("spec", specs), ("config", configs))
+        good = isinstance(values["path"], str) and all(type(values[name]) is int and 0 <= values[name] < len(known) for name, known in lists)
+        good = good and all(type(values[name]) is int and values[name] >= 1 for name in ("hidden", "mlp_hidden"))
         if not good or not all(type(values[name]) is bool for name in ("down_bias", "mlp_down_bias")):
-            raise CheckpointError(action, got=f"wrong values in {values}", expected=f"a path, widths >= 1, two booleans and a spec number below {len(specs)}")
-        return cls(**{**values, "spec": specs[spec]})
+            numbers = f"numbers of a spec (below {len(specs)}) and a config (below {len(configs)})"
+            raise CheckpointError(action, got=f"wrong values in {values}", expected=f"a path, widths >= 1, two booleans, {numbers}")
+        return cls(**{**values, "spec": specs[values["spec"]], "config": configs[values["config"]]})
 
-    def to_dict(self, specs: list[FFNSpec]) -> dict[str, Any]:
-        """Plain JSON values; the spec is stored once, in `specs`."""
-        return {**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, "spec": specs.index(self.spec)}
+    def to_dict(self, specs: list[FFNSpec], configs: list[KANConfig]) -> dict[str, Any]:
+        """Plain JSON values; spec and config are stored once, in these lists."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**values, "spec": specs.index(self.spec), "config": configs.index(self.config)}
 
 
 @dataclass
 class PatchRecord:
-    """All replaced blocks, the config, and (unless they were dropped) what stood there before.
+    """All replaced blocks and (unless they were dropped) what stood there before.
 
     Attributes:
         undo: (parent path, name, original module) of every swapped child, empty when the originals were not kept.
         attributes: (owner path, name, value) of plain attributes that were changed.
     """
 
-    config: KANConfig
     sites: tuple[SiteRecord, ...]
     undo: list[tuple[str, str, nn.Module]] = field(default_factory=list)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
@@ -70,22 +73,24 @@ class PatchRecord:
     def to_dict(self) -> dict[str, Any]:
         """The JSON that goes into config.json as `quantization_config`."""
         specs = list(dict.fromkeys(site.spec for site in self.sites))
+        configs = list(dict.fromkeys(site.config for site in self.sites))
         return {
             "quant_method": QUANT_METHOD,
             "version": RECORD_VERSION,
-            "config": self.config.to_dict(),
+            "configs": [config.to_dict() for config in configs],
             "specs": [spec.to_dict() for spec in specs],
-            "sites": [site.to_dict(specs) for site in self.sites],
+            "sites": [site.to_dict(specs, configs) for site in self.sites],
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PatchRecord:
-        """Reads what `to_dict` wrote.
+        """Reads what `to_dict` wrote, also in older versions.
 
         Raises:
             CheckpointError: a newer version, missing or foreign keys, wrong types.
         """
         action = "read the KAN part of config.json"
+        values = upgraded(values)
         if values.get("version") != RECORD_VERSION:
             raise CheckpointError(
                 action,
@@ -93,17 +98,26 @@ class PatchRecord:
                 expected=str(RECORD_VERSION),
                 hint="It was written by another kanformer; install that version or a newer one.",
             )
-        unknown = set(values) - {"quant_method", "version", "config", "specs", "sites"}
-        lists = all(isinstance(values.get(name), list) and values[name] for name in ("specs", "sites"))
-        if unknown or not lists or not isinstance(values.get("config"), dict) or not all(isinstance(spec, dict) for spec in values["specs"]):
-            raise CheckpointError(
-                action, got=f"keys {sorted(values)}", expected="quant_method, version, config (an object), specs and sites (lists of objects)"
-            )
+        unknown = set(values) - {"quant_method", "version", "configs", "specs", "sites"}
+        lists = [values.get(name) for name in ("configs", "specs", "sites")]
+        if unknown or not all(isinstance(items, list) and items and all(isinstance(item, dict) for item in items) for items in lists):
+            raise CheckpointError(action, got=f"keys {sorted(values)}", expected="quant_method, version, configs, specs and sites (lists of objects)")
         try:
             specs = [FFNSpec.from_dict(spec) for spec in values["specs"]]
-            return cls(KANConfig.from_dict(values["config"]), tuple(SiteRecord.from_dict(site, specs) for site in values["sites"]))
+            configs = [KANConfig.from_dict(config) for config in values["configs"]]
+            return cls(tuple(SiteRecord.from_dict(site, specs, configs) for site in values["sites"]))
         except ConfigError as error:
             raise CheckpointError(action, got=str(error)) from error
+
+
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1, which had one config for all blocks, as one of version 2; any other as it is."""
+    sites = values.get("sites")
+    if values.get("version") != 1 or "config" not in values or "configs" in values or not isinstance(sites, list):
+        return values
+    rest = {name: value for name, value in values.items() if name != "config"}
+    sites = [{**site, "config": 0} if isinstance(site, dict) else site for site in sites]
+    return {**rest, "version": 2, "configs": [values["config"]], "sites": sites}
 
 
 def set_record(model: nn.Module, record: PatchRecord | None) -> None:

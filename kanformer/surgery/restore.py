@@ -9,10 +9,14 @@ from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import Model, revert
 from kanformer.surgery.modules import get_path
 from kanformer.surgery.record import get_record, set_record
+from kanformer.surgery.state import give_back
 
 
 def unpatch_model(model: Model) -> Model:
     """Puts the original MLPs back, in place; what the KAN-FFNs learned is dropped.
+
+    The originals have the weights and requires_grad that they had; device, dtype and training mode follow what was done to the model since, and so do
+    the hooks of whole blocks.
 
     Raises:
         SurgeryError: the model is not patched, or its originals were not kept (`keep_original=False`, or it was loaded
@@ -33,15 +37,7 @@ def unpatch_model(model: Model) -> Model:
         current = get_path(holder, parent)._modules[name]
         block = current if isinstance(current, KANFeedForward | KANExperts) else block
         assert current is not None and block is not None  # the slot is always swapped before the rest of its site
-        _follow(block, original)
-        original.train(current.training)
+        give_back(block, current, original)
     revert(holder, record.undo, record.attributes)
     set_record(holder, None)
     return model
-
-
-def _follow(block: nn.Module, original: nn.Module) -> None:
-    """Moves an original to where its KAN-FFN lives now, in its dtype."""
-    old, new = next(original.parameters(), None), next(block.parameters())
-    if old is not None and (old.dtype != new.dtype or old.device != new.device):
-        original.to(device=new.device, dtype=new.dtype)

@@ -12,7 +12,8 @@ from kanformer.conversion import DenseFFN
 from kanformer.errors import SurgeryError
 from kanformer.layers.base_functions import base_function
 from kanformer.surgery import fused
-from kanformer.surgery.modules import get_path, is_linear, is_pointwise_convolution, join, linear_tensors
+from kanformer.surgery.maps import map_problem, tensor_problem
+from kanformer.surgery.modules import get_path, is_pointwise_convolution, join, linear_tensors
 from kanformer.surgery.products import factors
 from kanformer.surgery.spec import FFNSpec
 
@@ -118,15 +119,13 @@ class Site:
 
     def _problem_of_weights(self) -> str | None:
         for path, module in self.linears.items():
-            if not is_linear(module, self.owner):
-                return f"{path} is {type(module).__module__}.{type(module).__name__}, not nn.Linear, Conv1D or a 1x1 convolution"
-        for path, weight in self.weights.items():
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "ds_id"):
-                return f"{path} is quantized or partitioned"
-            holder = self.part(path.rpartition(".")[0])
-            hook = getattr(holder, "_hf_hook", None)
-            if hook is not None and (getattr(hook, "offload", False) or weight.is_meta):
-                return f"{path} is offloaded by accelerate; load the model without offloading"
+            reason = map_problem(path, module, self.owner)
+            if reason is not None:
+                return reason
+        for path in self.weights if self.spec.experts else ():
+            reason = tensor_problem(path, self.part(path), self.part(path.rpartition(".")[0]))
+            if reason is not None:
+                return reason
         if len({(weight.dtype, weight.device) for weight in self.weights.values()}) > 1:
             return "its linear maps differ in dtype or device"
         return None

@@ -25,7 +25,7 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None, **limi
 
 
 def parse_arguments(cls: type[T], argv: Sequence[str], prog: str, description: str) -> T:
-    """Builds `cls` from `--config FILE` and `--name value` overrides (`--name.key value` for a field that is a mapping).
+    """Builds `cls` from `--config FILE` and `--name value` overrides (`--name.key value` for a field that is a mapping, or for each of a list of them).
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or outside its limits, an unreadable file.
@@ -118,7 +118,10 @@ def _override(values: dict[str, Any], name: str, text: str, fields: dict, hints:
     if dot:
         default = fields[root].default_factory() if fields[root].default_factory is not dataclasses.MISSING else {}
         mapping = values.get(root, default)
-        values[root] = {**_convert(mapping or {}, dict, root), key: _number(value)}
+        if isinstance(mapping, list) and list in _alternatives(hints[root]):
+            values[root] = [{**_convert(entry, dict, root), key: _number(value)} for entry in mapping]
+        else:
+            values[root] = {**_convert(mapping or {}, dict, root), key: _number(value)}
     else:
         values[root] = value
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kanformer.config import KANConfig
+from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
@@ -166,7 +166,7 @@ def _patch(model: nn.Module, arguments: FinetuneArguments, tokenizer: Any, texts
             got="a model that is not patched",
             hint="Patch it first (kanformer patch), or set kan, for example --kan.init exact.",
         )
-    config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
+    config = configs_from(arguments.kan, keep_original=False)
     batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
     return patch_model(model, config, calibration=batches)
 

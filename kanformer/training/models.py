@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kanformer.config import KANConfig
+from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model, relative_path
@@ -41,7 +41,7 @@ def load_patched(source: str | None, teacher_name: str, arguments: DistillArgume
     check_length(teacher, arguments.max_length)
     if source is None:
         student = load_model(teacher_name, attn_implementation=attention)
-        config = KANConfig.from_dict({**arguments.kan, "keep_original": False})
+        config = configs_from(arguments.kan, keep_original=False)
         batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
         patch_model(student, config, calibration=batches)
         return student, teacher, tokenizer

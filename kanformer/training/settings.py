@@ -64,7 +64,9 @@ class DistillArguments(LoopArguments, DataArguments):
     model_name_or_path: str | None = option(None, "patched checkpoint to train; absent: the teacher is patched with `kan`")
     teacher_name_or_path: str = option("", "the original model, a folder or hub id")
     tokenizer_name: str | None = option(None, "tokenizer, if not the teacher's")
-    kan: dict = option({"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher")
+    kan: dict | list = option(
+        {"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher, or a list: a block gets the first that selects it"
+    )
     calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
     local_weight: float = option(1.0, "of each block's error on the teacher's input", ge=0)
     train_rest: str = option("none", "what else is trained, at learning_rate: norms, or all but the embeddings; needs hidden_weight", REST)
@@ -81,7 +83,7 @@ class FinetuneArguments(LoopArguments, DataArguments):
     model_name_or_path: str = option("", "patched checkpoint, or a stock one to patch with `kan`")
     tokenizer_name: str | None = option(None, "tokenizer, if not the model's")
     task: str = option("causal_lm", "what to train for", TASKS)
-    kan: dict | None = option(None, "KANConfig values, to patch a stock model before training")
+    kan: dict | list | None = option(None, "KANConfig values, or a list of them, to patch a stock model before training")
     train_rest: bool = option(True, "train the rest of the model too, at learning_rate")
     mlm_probability: float = option(0.15, "share of masked tokens (masked_lm)", gt=0, le=1)
     calibration_samples: int = option(256, "texts for pruning and grids, where `kan` is given", ge=1)
