@@ -101,6 +101,24 @@ def test_patch_saves_a_model_with_its_tokenizer(places, capsys):
     assert model.config.vocab_size == before.config.vocab_size
 
 
+def test_patch_takes_several_configs(places, capsys):
+    out = places["tmp"] / "new"
+    main(
+        [
+            "patch",
+            places["bert"],
+            "--out",
+            str(out),
+            "--kan",
+            "[{edges: full, layers_to_transform: 0-0}, {basis: rbf, towers: encoder}]",
+            "--kan.grid_size",
+            "3",
+        ]
+    )
+    first, second = blocks(load_model(str(out))).values()
+    assert (first.edges, second.edges) == ("full", "shared") and second.kan_functions.basis.grid_size == first.kan_up.basis.grid_size == 3
+
+
 def test_patch_can_prune_on_text(places, capsys):
     out = places["tmp"] / "new"
     main(["patch", places["bert"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--kan.init", "prune", "--kan.param_ratio", "0.5"])

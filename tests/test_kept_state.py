@@ -211,6 +211,13 @@ def test_partitioned_weights_are_refused():
         refused(model, SurgeryError, r"partitioned by DeepSpeed \(ZeRO 3\).*Patch it first")
 
 
+def test_a_config_that_a_patched_model_has_too_is_refused_by_what_it_is():
+    config = BY_NAME["llama"].config(**BY_NAME["llama"].values)
+    first, second = (tf.LlamaForCausalLM(config) for _ in range(2))
+    kanformer.patch_model(first)
+    refused(second, SurgeryError, r"belongs to a patched model too: .*copy.deepcopy\(config\)")
+
+
 class _Engine(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -253,6 +260,39 @@ def test_adapters_and_parametrizations_inside_a_block_are_refused_even_in_one_la
         model = BY_NAME[name].build()
         weight_norm(model.get_submodule(path))
         refused(model, NoFeedForwardError, f"all of the 2 .*{first.spec.up} is parametrized")
+
+
+class _Unknown(nn.Module):
+    """A block that no spec describes: it is found by its parts, also where one of them is hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class _Halves(nn.Module):
+    """The same in two halves, as BERT's layers have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intermediate, self.output = nn.Module(), nn.Module()
+        self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+
+@pytest.mark.parametrize(("block", "path"), [(_Unknown, "fc1"), (_Unknown, "fc2"), (_Halves, "intermediate.dense"), (_Halves, "output.dense")])
+def test_a_hidden_map_of_an_unknown_class_is_refused_too_and_not_passed_over(block, path):
+    for kind in ("carries an adapter", "is parametrized"):
+        model = nn.ModuleDict({"a": block(), "b": block()})
+        assert len(kanformer.plan_surgery(model).blocks) == 2 or block is _Halves
+        if kind == "is parametrized":
+            weight_norm(model["a"].get_submodule(path))
+        else:
+            peft.get_peft_model(model, peft.LoraConfig(target_modules=[f"a.{path}"], r=2))
+        plan = kanformer.plan_surgery(model)
+        assert any(f"{path} {kind}" in refusal.reason for refusal in plan.refusals), plan
 
 
 def test_an_adapter_on_the_attention_and_a_patch_go_together(tmp_path):

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as tf
+
+import kanformer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,14 +39,9 @@ def test_the_example_is_short():
 
 
 def test_the_calls_for_grids_and_penalties_run(recwarn):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import kanformer
-
     code = README.split("## Grids and penalties")[1].split("```python\n")[1].split("```")[0]
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
-    model, ids = kanformer.patch_model(LlamaForCausalLM(config)), torch.randint(0, 50, (4, 9))
+    config = tf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    model, ids = kanformer.patch_model(tf.LlamaForCausalLM(config)), torch.randint(0, 50, (4, 9))
     batch = {"input_ids": ids, "labels": ids}
     exec(code, {"kanformer": kanformer, "model": model, "batches": [batch], "batch": batch})
     functions = model.model.layers[0].mlp.kan_functions
@@ -64,3 +63,15 @@ def test_every_command_of_the_readme_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make (demo|test|check)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_ways_of_choosing_blocks_choose_blocks():
+    lines = README.split("Which blocks, and how:")[1].split("```python\n")[1].split("```")[0].strip().splitlines()
+    values = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 99}
+    for line in lines:
+        with torch.device("meta"):
+            model = tf.CLIPModel(tf.CLIPConfig()) if "towers" in line else tf.LlamaModel(tf.LlamaConfig(**values))
+        exec(line, {"kanformer": kanformer, "KANConfig": kanformer.KANConfig, "model": model})
+        patched = [path for path, module in model.named_modules() if isinstance(module, kanformer.KANFeedForward)]
+        expected = {"4-": 2, "target": 5, "towers": 12, "where": 3, "KANConfig": 6}
+        assert len(patched) == next(count for word, count in expected.items() if word in line), line

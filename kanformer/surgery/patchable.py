@@ -6,6 +6,7 @@ from torch import nn
 
 from kanformer.errors import SurgeryError
 from kanformer.layers import KANFeedForward
+from kanformer.surgery.record import QUANT_METHOD
 
 _WRAPPERS = {
     "OptimizedModule": "compiled by torch.compile",
@@ -39,7 +40,9 @@ def check_patchable(model: nn.Module) -> None:
             subject=type(model).__name__,
             got=f"a model quantized by {method}",
             expected="an unquantized one",
-            hint="Load it without quantization_config.",
+            hint="Its config object belongs to a patched model too: give each model its own, copy.deepcopy(config)."
+            if method == QUANT_METHOD
+            else "Load it without quantization_config.",
         )
 
 
