@@ -110,7 +110,7 @@ BART = ("encoder.layers.{}.fc1", "decoder.layers.{}.fc1")
         ("qwen2_moe", {"experts": "only"}, ["layers.{0,1}.mlp.experts"]),
         ("qwen2_moe", {"where": lambda block: not block.expert}, ["layers.{0,1}.mlp.shared_expert"]),
     ],
-    ids=str,
+    ids=lambda value: "where" if isinstance(value, dict) and "where" in value else str(value),
 )
 def test_a_choice_takes_these_blocks(name, settings, paths):
     assert _chosen(name, **settings) == paths
@@ -144,7 +144,7 @@ def test_a_choice_takes_these_blocks(name, settings, paths):
         ("swin", {"layers_pattern": "block"}, "layers_pattern='block', which fits no block"),
         ("qwen2_moe", {"target_modules": ["gate_up_proj"]}, "is a part of the block layers.0.mlp.experts"),
     ],
-    ids=str,
+    ids=lambda value: "where" if isinstance(value, dict) and "where" in value else str(value),
 )
 def test_a_choice_that_fits_nothing_or_only_in_part_says_what_there_is(name, settings, message):
     with pytest.raises(NoFeedForwardError, match=message) as caught:
@@ -217,7 +217,7 @@ class TestPlan:
     def test_like_refusals_are_one_line_with_a_count(self):
         model = BY_NAME["llama"].build()
         for layer in model.model.layers:
-            layer.mlp.act_fn = torch.nn.PReLU()
+            layer.mlp.act_fn = torch.nn.PReLU(layer.mlp.up_proj.out_features)
         plan = kanformer.plan_surgery(model)
         lines = [line for line in plan.text(2000).splitlines() if line.startswith("refused")]
         assert len(plan.refusals) == 2 and len(lines) == 1 and "model.layers.{0,1}.mlp (2 x LlamaMLP): its activation PReLU" in lines[0]
