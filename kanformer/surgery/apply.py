@@ -14,7 +14,7 @@ from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.surgery.assemble import KANModule, assemble, block_paths
 from kanformer.surgery.calibrate import Calibration, collect_statistics
 from kanformer.surgery.cautions import warn_of_losses
-from kanformer.surgery.modules import PassThrough, get_path, mark_initialized, references
+from kanformer.surgery.modules import PassThrough, all_references, get_path, mark_initialized
 from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
 from kanformer.surgery.plan_table import refusal_lines
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
@@ -102,12 +102,12 @@ def swap(model: nn.Module, pairs: list[tuple[Site, KANModule]], record: PatchRec
     Returns:
         (parent path, name, original module) of every change; changed attributes are added to `record`.
     """
-    names = {module: path for path, module in model.named_modules()}
+    places = all_references(model)
     undo: list[tuple[str, str, nn.Module]] = []
 
     def replace(old: nn.Module, new: nn.Module) -> None:
-        for parent, name in references(model, old):
-            undo.append((names[parent], name, old))
+        for path, parent, name in places[old]:
+            undo.append((path, name, old))
             parent._modules[name] = new
 
     try:
@@ -123,7 +123,7 @@ def swap(model: nn.Module, pairs: list[tuple[Site, KANModule]], record: PatchRec
                     replace(part, PassThrough().train(part.training))
                 else:
                     _set_attribute(record, site.owner_path, owner, path, PassThrough())
-            mark_initialized(model, site.path, block)
+        mark_initialized(model, {site.path: block for site, block in pairs})
     except BaseException:
         revert(model, undo, record.attributes)
         raise

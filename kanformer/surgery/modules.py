@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
@@ -59,9 +60,14 @@ def linear_tensors(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (weight.t() if is_conv1d(module) else weight.flatten(1)), bias  # type: ignore[return-value]
 
 
-def references(root: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every (parent, name) under which `child` hangs below `root`."""
-    return [(parent, name) for parent in root.modules() for name, module in parent._modules.items() if module is child]
+def all_references(root: nn.Module) -> dict[nn.Module, list[tuple[str, nn.Module, str]]]:
+    """For every module below `root` each (parent's path, parent, name) under which it hangs."""
+    found: dict[nn.Module, list[tuple[str, nn.Module, str]]] = {}
+    for path, parent in root.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append((path, parent, name))
+    return found
 
 
 def bare(module: nn.Module, seen: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -83,15 +89,23 @@ def layer_number(path: str) -> int | None:
     return next((int(name) for name in path.split(".") if name.isdigit()), None)
 
 
-def mark_initialized(root: nn.Module, path: str, block: nn.Module) -> None:
-    """Tells transformers' weight initialisation to leave a new block alone, and not to reach into it from its ancestors.
+def mark_initialized(root: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Tells transformers' weight initialisation to leave new blocks, given by path, alone, and not to reach into them from their ancestors.
 
     An ancestor with buffers that are not saved, its own or further down, is not told: after loading only its initialisation fills them.
     """
-    for module in block.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
+    filled: set[str] = set()
+    for path, module in root.named_modules():
+        if module._non_persistent_buffers_set:
+            filled.update(_ancestors(f"{path}."))
+    for path, block in blocks.items():
+        for module in block.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        for ancestor in _ancestors(path) - filled:
+            get_path(root, ancestor)._is_hf_initialized = True
+
+
+def _ancestors(path: str) -> set[str]:
+    """The paths of the modules around `path`, the root's included."""
     names = path.split(".")
-    for depth in range(len(names)):
-        ancestor = get_path(root, ".".join(names[:depth]))
-        if not any(module._non_persistent_buffers_set for module in ancestor.modules()):
-            ancestor._is_hf_initialized = True
+    return {".".join(names[:depth]) for depth in range(len(names))}
