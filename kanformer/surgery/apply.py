@@ -13,8 +13,9 @@ from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.layers import KANFeedForward
 from kanformer.layers.kan_linear import KANLinear
 from kanformer.surgery.calibrate import Calibration, collect_statistics
+from kanformer.surgery.holders import by_holder, forget_parts
 from kanformer.surgery.modules import get_path, mark_initialized, references
-from kanformer.surgery.plan import SurgeryPlan, plan_surgery
+from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
 from kanformer.surgery.record import PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
@@ -73,17 +74,33 @@ def patch_model(
         gram = plan.config.init == "prune"
         known = isinstance(calibration, Calibration)
         statistics = calibration.of(plan.sites, gram=gram) if known else collect_statistics(model, plan.sites, calibration, gram=gram)
-    blocks = [_build(site, plan.config, statistics.get(site.path)) for site in plan.sites]
-    planned = zip(plan.sites, plan.blocks, strict=True)
-    records = [
-        SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
-        for site, row in planned
-    ]
-    record = PatchRecord(plan.config, tuple(records))
-    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
-    record.undo, record.attributes = (undo, record.attributes) if plan.config.keep_original else ([], [])
-    set_record(model, record)
+    blocks = {site.path: _build(site, plan.config, statistics.get(site.path)) for site in plan.sites}
+    _put_in(model, plan, blocks)
     return model
+
+
+def _put_in(model: nn.Module, plan: SurgeryPlan, blocks: dict[str, KANFeedForward]) -> None:
+    """Swaps the blocks in and leaves a record with each transformers model that holds some; undoes everything if any step fails."""
+    rows = {row.path: row for row in plan.blocks}
+    done: list[tuple[nn.Module, PatchRecord]] = []
+    try:
+        for holder, sites in by_holder(model, plan.sites):
+            record = PatchRecord(plan.config, tuple(_site_record(holder, site, rows[path]) for path, site in sites.items()))
+            record.undo = swap(holder, [(site, blocks[path]) for path, site in sites.items()], record)
+            done.append((holder, record))
+    except BaseException:
+        for holder, record in reversed(done):
+            revert(holder, record.undo, record.attributes)
+        raise
+    for holder, record in done:
+        if not plan.config.keep_original:
+            record.undo, record.attributes = [], []
+        forget_parts(holder)
+        set_record(holder, record)
+
+
+def _site_record(model: nn.Module, site: Site, row: PlannedBlock) -> SiteRecord:
+    return SiteRecord(relative_path(model, site.path), site.spec, row.kan_hidden, row.mlp_hidden, row.down_bias, site.dense().down_bias is not None)
 
 
 def relative_path(model: nn.Module, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from kanformer.errors import SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear
-from kanformer.surgery.record import PatchRecord, get_record
+from kanformer.surgery.record import PatchRecord, SiteRecord, get_records
 from kanformer.surgery.tables import table
 
 
@@ -96,9 +97,9 @@ def compare(model: nn.Module) -> Comparison:
     Raises:
         SurgeryError: the model is not patched.
     """
-    record = get_record(model, "compare")
+    entries = {id(block): entry for holder, record in get_records(model, "compare") for block, entry in _entries(holder, record)}
     blocks = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward)}
-    costs = tuple(_costs(path, block, record) for path, block in blocks.items())
+    costs = tuple(_costs(path, block, entries.get(id(block))) for path, block in blocks.items())
     parameters = list(model.parameters())
     buffers = list(model.buffers())
     inside = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
@@ -128,8 +129,15 @@ def _row(path: str, hidden: str, mlp: int, kan: int, mlp_bytes: int, kan_bytes: 
     )
 
 
-def _costs(path: str, block: KANFeedForward, record: PatchRecord) -> BlockCosts:
-    entry = next((site for site in record.sites if path == site.path or path.endswith("." + site.path)), None)
+def _entries(holder: nn.Module, record: PatchRecord) -> Iterator[tuple[KANFeedForward, SiteRecord]]:
+    """The blocks of a patched model with what its record says of them."""
+    for path, block in holder.named_modules():
+        entry = next((site for site in record.sites if path == site.path or path.endswith("." + site.path)), None)
+        if entry is not None and isinstance(block, KANFeedForward):
+            yield block, entry
+
+
+def _costs(path: str, block: KANFeedForward, entry: SiteRecord | None) -> BlockCosts:
     if entry is None:
         raise SurgeryError("compare", subject=path, got="a KAN-FFN that patch_model did not put there", hint="Compare the model that was patched.")
     up_bias = any("bias" in name for name, _ in block.kan_up.named_parameters())

@@ -15,8 +15,9 @@ from kanformer.conversion.build import empty_block
 from kanformer.errors import CheckpointError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import swap
+from kanformer.surgery.holders import recorded_parts
 from kanformer.surgery.modules import join
-from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
+from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 
@@ -45,13 +46,22 @@ class KANQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KANQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
+        self.entry: dict[str, Any] | None = quantization_config.to_dict()  # what the loaded model's config will say
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        parts = recorded_parts(model)
+        if not parts and not self.pre_quantized:
             raise SurgeryError(
                 "patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model)."
             )
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
+        for part, record in parts:
+            rebuild(part, record)
+        if parts:  # transformers may have handed us one part's entry; the parts keep their own, and the whole calls us the next time
+            self.entry = COMPOSED
+        elif self.entry == COMPOSED:  # all parts were restored since
+            self.entry = None
+        else:
+            rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -61,7 +71,9 @@ class KANQuantizer(HfQuantizer):
                 delattr(model, name)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
-        config.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+        del config.quantization_config  # type: ignore[union-attr]
+        if self.entry is not None:
+            config.quantization_config = self.entry  # type: ignore[union-attr]
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():

@@ -13,7 +13,8 @@ from kanformer.conversion.widths import kan_parameters, mlp_parameters
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.discover import find_sites
-from kanformer.surgery.modules import join
+from kanformer.surgery.modules import get_path, join
+from kanformer.surgery.record import QUANT_METHOD
 from kanformer.surgery.select import select
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
@@ -101,7 +102,7 @@ def plan_surgery(model: nn.Module, config: KANConfig | None = None, *, specs: Se
     checked: dict[tuple, str | None] = {}
     blocks, refusals, good = [], [], []
     for site in sites:
-        reason = site.problem() or _tied_outside(site, users) or _checked_disagreement(site, checked)
+        reason = site.problem() or _copied_by_peft(site) or _tied_outside(site, users) or _checked_disagreement(site, checked)
         if reason is None and not site.path:
             reason = "the block is the whole model; patch the module that holds it"
         if reason is not None:
@@ -132,12 +133,12 @@ def check_patchable(model: nn.Module) -> None:
             hint="Call kanformer.unpatch_model(model) first, or load the original.",
         )
     quantization = getattr(getattr(model, "config", None), "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", type(quantization).__name__)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", type(quantization).__name__)
+    if quantization is not None and method != QUANT_METHOD:  # without a block, our own entry is left over: the config was taken from a patched model
         raise SurgeryError(
             "patch the model",
             subject=type(model).__name__,
-            got=f"a model quantized by {method}",
+            got=f"a model quantized by {getattr(method, 'value', method)}",
             expected="an unquantized one",
             hint="Load it without quantization_config.",
         )
@@ -179,6 +180,16 @@ def _parameter_users(model: nn.Module) -> dict[int, list[str]]:
             if isinstance(parameter, Tensor):
                 users.setdefault(id(parameter), []).append(join(path, name))
     return users
+
+
+def _copied_by_peft(site: Site) -> str | None:
+    """peft's `modules_to_save` keeps two copies of a module side by side; only one of them stays, at another path, when the adapter is merged."""
+    names = site.path.split(".")
+    for depth in range(1, len(names) + 1):
+        module = get_path(site.model, ".".join(names[:depth]))
+        if any(kind.__name__ == "AuxiliaryTrainingWrapper" and kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            return f"{'.'.join(names[:depth])} is {type(module).__name__} of peft: patch the model first, then give it to peft"
+    return None
 
 
 def _tied_outside(site: Site, users: dict[int, list[str]]) -> str | None:

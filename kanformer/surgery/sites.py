@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kanformer.conversion import DenseFFN
 from kanformer.errors import SurgeryError
@@ -100,7 +101,7 @@ class Site:
             if not is_linear(module, self.owner):
                 return f"{path} is {type(module).__module__}.{type(module).__name__}, not nn.Linear or Conv1D"
             weight = module.weight
-            if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "ds_id"):
+            if not isinstance(weight, Tensor) or not weight.is_floating_point() or hasattr(weight, "ds_id") or is_traceable_wrapper_subclass(weight):
                 return f"{path}.weight is quantized or partitioned"
             hook = getattr(module, "_hf_hook", None)
             if hook is not None and (getattr(hook, "offload", False) or weight.is_meta):
