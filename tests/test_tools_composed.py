@@ -163,3 +163,10 @@ def test_a_config_taken_from_a_patched_model_makes_a_plain_model_that_can_be_pat
     config = kanformer.patch_model(case.build()).config
     model = trained(tf.AutoModelForCausalLM.from_config(config).eval(), grid_size=5)
     assert torch.equal(case.logits(reload(model, tmp_path)), case.logits(model))
+
+
+def test_what_a_part_s_config_says_of_another_model_s_surgery_is_dropped(tmp_path):
+    kind, first, inputs = COMPOSITIONS["text"]
+    foreign = kanformer.patch_model(decoder()).config
+    model = trained(kind(encoder=first(), decoder=tf.BertLMHeadModel(foreign)))
+    assert torch.equal(logits(reload(model, tmp_path), inputs), logits(model, inputs))

@@ -52,7 +52,7 @@ def straight(request, tmp_path_factory):
 
 
 def test_training_moves_every_part_of_the_blocks_and_lowers_the_loss(straight):
-    name, trainer, _, before = straight
+    _, trainer, _, before = straight
     after = snapshot(trainer.model)
     parts = [name for name in before if "kan_" in name and "kan_grid" not in name]
     assert parts and not any(torch.equal(before[name], after[name]) for name in parts)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import kanformer
-from model_cases import disturb
+from model_cases import blocks, disturb, snapshot
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -48,12 +48,26 @@ def trained(model: nn.Module, **settings) -> nn.Module:
     return disturb(kanformer.patch_model(model, **settings))
 
 
+@torch.no_grad()
+def loud(model: nn.Module) -> nn.Module:
+    """The model with functions so large that they carry through small random weights to the tokens."""
+    for block in blocks(model).values():
+        for parameter in block.spline_parameters():
+            parameter.mul_(100)
+    return model
+
+
 def reload(model, folder: Path, kind=None, **options) -> nn.Module:
     """The model after a stay on the disk; nothing may be missing, left over or of another shape."""
     model.save_pretrained(folder)
     loaded, info = (kind or type(model)).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     return loaded.eval()
+
+
+def kan_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what the KAN-FFNs have in the state dict, but for the sentinels."""
+    return {name: tensor for name, tensor in snapshot(model).items() if "kan_" in name}
 
 
 def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
