@@ -40,6 +40,7 @@ def test_a_composed_model_comes_back_with_both_parts(kind, first, inputs, tmp_pa
     model = kind(encoder=trained(first()), decoder=trained(decoder(), edges="full", grid_size=3))
     want = logits(model, inputs)
     loaded = reload(model, tmp_path / "a")
+    assert loaded.config.quantization_config == {"quant_method": "kan"}, "not one part's"
     assert torch.equal(logits(loaded, inputs), want) and same_state(snapshot(loaded), snapshot(model))
     again = reload(loaded, tmp_path / "b", tf.AutoModelForSeq2SeqLM if kind is tf.EncoderDecoderModel else None)
     assert torch.equal(logits(again, inputs), want) and list(blocks(again)) == list(blocks(model))
@@ -170,3 +171,14 @@ def test_what_a_part_s_config_says_of_another_model_s_surgery_is_dropped(tmp_pat
     foreign = kanformer.patch_model(decoder()).config
     model = trained(kind(encoder=first(), decoder=tf.BertLMHeadModel(foreign)))
     assert torch.equal(logits(reload(model, tmp_path), inputs), logits(model, inputs))
+
+
+def test_restoring_the_parts_leaves_nothing_behind(tmp_path):
+    kind, first, inputs = COMPOSITIONS["text"]
+    model = kind(encoder=trained(first()), decoder=decoder())
+    model.save_pretrained(tmp_path / "a")
+    config = kind.from_pretrained(tmp_path / "a", quantization_config={"quant_method": "kan"}).config
+    again = kind(config=config)
+    kanformer.patch_model(again.encoder)
+    kanformer.unpatch_model(again)
+    assert torch.equal(logits(reload(again, tmp_path / "b"), inputs), logits(again, inputs))

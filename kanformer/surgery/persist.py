@@ -46,7 +46,7 @@ class KANQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KANQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.entry: dict[str, Any] | None = quantization_config.to_dict()  # what the loaded model's config will say
+        self.entry = quantization_config.to_dict()  # what the loaded model's config will say
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         parts = recorded_parts(model)
@@ -57,9 +57,7 @@ class KANQuantizer(HfQuantizer):
         for part, record in parts:
             rebuild(part, record)
         if parts:  # transformers may have handed us one part's entry; the parts keep their own, and the whole calls us the next time
-            self.entry = COMPOSED
-        elif self.entry == COMPOSED:  # all parts were restored since
-            self.entry = None
+            self.entry = dict(COMPOSED)
         else:
             rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
         return model
@@ -71,9 +69,7 @@ class KANQuantizer(HfQuantizer):
                 delattr(model, name)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
-        del config.quantization_config  # type: ignore[union-attr]
-        if self.entry is not None:
-            config.quantization_config = self.entry  # type: ignore[union-attr]
+        config.quantization_config = self.entry  # type: ignore[union-attr]
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():
