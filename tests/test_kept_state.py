@@ -215,7 +215,7 @@ def test_a_config_that_a_patched_model_has_too_is_refused_by_what_it_is():
     config = BY_NAME["llama"].config(**BY_NAME["llama"].values)
     first, second = (tf.LlamaForCausalLM(config) for _ in range(2))
     kanformer.patch_model(first)
-    refused(second, SurgeryError, r"belongs to a patched model too: .*copy.deepcopy\(config\)")
+    refused(second, SurgeryError, r"comes from a patched model: .*copy.deepcopy\(config\); del")
 
 
 class _Engine(nn.Module):

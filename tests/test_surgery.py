@@ -14,6 +14,7 @@ from kanformer.errors import ConfigError, DataError, NoFeedForwardError, Surgery
 from kanformer.layers import KANFeedForward
 from kanformer.surgery import apply
 from kanformer.surgery.folding import fold_paths
+from kanformer.surgery.modules import get_path
 from kanformer.surgery.patterns import fits
 from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, one_case_of_each, same_state, snapshot
 
@@ -271,14 +272,15 @@ class TestRefusals:
 def test_a_failure_in_the_middle_of_the_swap_leaves_the_model_as_it_was(case, monkeypatch):
     model = case.build()
     before, state = case.logits(model), snapshot(model)
-    calls = []
+    owners = []
 
-    def fail_late(*args):
-        calls.append(args)
-        if len(calls) == 2:
+    def fail_in_the_second_block(root, path):
+        owners.append(root)
+        if owners[0] is not root and len(set(map(id, owners))) == 2 and owners.count(root) == 1:
             raise RuntimeError("power cut")
+        return get_path(root, path)
 
-    monkeypatch.setattr(apply, "mark_initialized", fail_late)
+    monkeypatch.setattr(apply, "get_path", fail_in_the_second_block)
     with pytest.raises(RuntimeError, match="power cut"):
         kanformer.patch_model(model)
     assert not blocks(model) and same_state(snapshot(model), state) and torch.equal(case.logits(model), before)

@@ -14,6 +14,7 @@ from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.surgery.assemble import KANModule, assemble, block_paths
 from kanformer.surgery.calibrate import Calibration, collect_statistics
 from kanformer.surgery.cautions import warn_of_losses
+from kanformer.surgery.holders import by_holder, forget_parts
 from kanformer.surgery.modules import PassThrough, all_references, get_path, mark_initialized
 from kanformer.surgery.plan import PlannedBlock, SurgeryPlan, plan_surgery
 from kanformer.surgery.plan_table import refusal_lines
@@ -63,11 +64,8 @@ def patch_model(
     warn_of_losses(model, plan.sites)
     statistics = _statistics(model, plan, calibration)
     planned = list(zip(plan.sites, plan.blocks, strict=True))
-    blocks = [_build(site, row.config, statistics) for site, row in planned]
-    record = PatchRecord(tuple(_site_record(model, site, row) for site, row in planned))
-    undo = swap(model, list(zip(plan.sites, blocks, strict=True)), record)
-    record.undo, record.attributes = (undo, record.attributes) if plan.configs[0].keep_original else ([], [])
-    set_record(model, record)
+    blocks = {site.path: _build(site, row.config, statistics) for site, row in planned}
+    _put_in(model, plan, blocks)
     return model
 
 
@@ -84,6 +82,26 @@ def _statistics(model: nn.Module, plan: SurgeryPlan, calibration: Iterable[Mappi
     if calibration is None or not sites:
         return {}
     return calibration.of(sites, gram=gram) if isinstance(calibration, Calibration) else collect_statistics(model, sites, calibration, gram=gram)
+
+
+def _put_in(model: nn.Module, plan: SurgeryPlan, blocks: dict[str, KANModule]) -> None:
+    """Swaps the blocks in and leaves a record with each transformers model that holds some; undoes everything if any step fails."""
+    rows = {row.path: row for row in plan.blocks}
+    done: list[tuple[nn.Module, PatchRecord]] = []
+    try:
+        for holder, sites in by_holder(model, plan.sites):
+            record = PatchRecord(tuple(_site_record(holder, site, rows[path]) for path, site in sites.items()))
+            record.undo = swap(holder, [(site, blocks[path]) for path, site in sites.items()], record)
+            done.append((holder, record))
+    except BaseException:
+        for holder, record in reversed(done):
+            revert(holder, record.undo, record.attributes)
+        raise
+    for holder, record in done:
+        if not plan.configs[0].keep_original:
+            record.undo, record.attributes = [], []
+        forget_parts(holder)
+        set_record(holder, record)
 
 
 def _site_record(model: nn.Module, site: Site, row: PlannedBlock) -> SiteRecord:

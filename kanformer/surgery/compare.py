@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.layers.base_functions import has_parameters
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear
-from kanformer.surgery.record import PatchRecord, get_record
+from kanformer.surgery.record import PatchRecord, SiteRecord, get_records
 from kanformer.surgery.tables import table
 
 
@@ -100,11 +101,11 @@ def compare(model: nn.Module) -> Comparison:
     Raises:
         SurgeryError: the model is not patched.
     """
-    record = get_record(model, "compare")
+    entries = {module: entry for holder, record in get_records(model, "compare") for module, entry in _entries(holder, record)}
     found = {path: module for path, module in model.named_modules() if isinstance(module, KANFeedForward | KANExperts)}
     inside = {expert for module in found.values() if isinstance(module, KANExperts) for expert in module.kan_experts}
     blocks = {path: module for path, module in found.items() if module not in inside}
-    costs = tuple(_costs(path, block, record) for path, block in blocks.items())
+    costs = tuple(_costs(path, block, entries.get(block)) for path, block in blocks.items())
     parameters = list(model.parameters())
     buffers = list(model.buffers())
     counted = {id(tensor) for block in blocks.values() for tensor in (*block.parameters(), *block.buffers())}
@@ -134,10 +135,17 @@ def _row(path: str, hidden: str, mlp: int, kan: int, mlp_bytes: int, kan_bytes: 
     )
 
 
-def _costs(path: str, module: KANFeedForward | KANExperts, record: PatchRecord) -> BlockCosts:
+def _entries(holder: nn.Module, record: PatchRecord) -> Iterator[tuple[nn.Module, SiteRecord]]:
+    """The blocks of a patched model with what its record says of them."""
+    for path, module in holder.named_modules():
+        entry = next((site for site in record.sites if path == site.path or path.endswith("." + site.path)), None)
+        if entry is not None and isinstance(module, KANFeedForward | KANExperts):
+            yield module, entry
+
+
+def _costs(path: str, module: KANFeedForward | KANExperts, entry: SiteRecord | None) -> BlockCosts:
     block, count = (module, 1) if isinstance(module, KANFeedForward) else (module.kan_experts[0], len(module.kan_experts))
     assert isinstance(block, KANFeedForward)
-    entry = next((site for site in record.sites if path == site.path or path.endswith("." + site.path)), None)
     if entry is None:
         raise SurgeryError("compare", subject=path, got="a KAN-FFN that patch_model did not put there", hint="Compare the model that was patched.")
     up_bias = any("bias" in name for name, _ in block.kan_up.named_parameters())

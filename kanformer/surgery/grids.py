@@ -16,7 +16,7 @@ from kanformer.errors import ConfigError, DataError, NoFeedForwardError
 from kanformer.layers.density import warn_outside
 from kanformer.layers.grids import GridModule
 from kanformer.layers.regrid import GridReport, Regrid, plan_refinement, plan_update
-from kanformer.surgery.record import find_record, set_record
+from kanformer.surgery.record import find_records, set_record
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -86,8 +86,7 @@ def refine_grids(model: nn.Module, grid_size: int, *, tolerance: float | None = 
     before = [(module, module.kan_coef, module.kan_grid, module.basis) for _, module, _ in modules]
     try:
         reports = {path: planned.apply() for (path, _, _), planned in zip(modules, plans, strict=True)}
-        holder, record = find_record(model)
-        if holder is not None and record is not None:
+        for holder, record in find_records(model):
             record.sites = tuple(dataclasses.replace(site, config=site.config.replace(grid_size=grid_size)) for site in record.sites)
             set_record(holder, record)
     except BaseException:

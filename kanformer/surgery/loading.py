@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from kanformer.errors import CheckpointError, KanformerError
+from kanformer.surgery.holders import needs_call
+from kanformer.surgery.record import COMPOSED
 
 
 def load_model(name_or_path: str, auto_class: str | None = None, attn_implementation: str | None = None, **kwargs: Any) -> nn.Module:
@@ -28,6 +30,8 @@ def load_model(name_or_path: str, auto_class: str | None = None, attn_implementa
         kwargs["attn_implementation"] = attn_implementation
     try:
         cls = getattr(transformers, auto_class) if auto_class else _own_class(name_or_path)
+        if needs_call(transformers.AutoConfig.from_pretrained(name_or_path)):
+            kwargs.setdefault("quantization_config", dict(COMPOSED))
         model, info = cls.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except KanformerError:
         raise

@@ -38,9 +38,9 @@ def check_patchable(model: nn.Module) -> None:
         raise SurgeryError(
             "patch the model",
             subject=type(model).__name__,
-            got=f"a model quantized by {method}",
+            got=f"a model quantized by {getattr(method, 'value', method)}",
             expected="an unquantized one",
-            hint="Its config object belongs to a patched model too: give each model its own, copy.deepcopy(config)."
+            hint="Its config comes from a patched model: give it a copy without that entry (copy.deepcopy(config); del config.quantization_config)."
             if method == QUANT_METHOD
             else "Load it without quantization_config.",
         )

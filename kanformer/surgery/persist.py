@@ -17,8 +17,9 @@ from kanformer.errors import CheckpointError, SurgeryError
 from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import swap
 from kanformer.surgery.assemble import KANModule, assemble
+from kanformer.surgery.holders import recorded_parts
 from kanformer.surgery.modules import join
-from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, get_record, set_record
+from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRecord, get_record, set_record
 from kanformer.surgery.sentinel import freeze_sentinels
 from kanformer.surgery.sites import Site
 
@@ -47,13 +48,20 @@ class KANQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KANQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
+        self.composed = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        parts = recorded_parts(model)
+        if not parts and not self.pre_quantized:
             raise SurgeryError(
                 "patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model)."
             )
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
+        for part, record in parts:
+            rebuild(part, record)
+        if parts:  # transformers may have handed us one part's entry; the parts keep their own, and the whole calls us the next time
+            self.composed = True
+        else:
+            rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -63,7 +71,7 @@ class KANQuantizer(HfQuantizer):
                 delattr(model, name)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
-        config.quantization_config = get_record(model, "load the KAN checkpoint").to_dict()  # type: ignore[union-attr]
+        config.quantization_config = dict(COMPOSED) if self.composed else get_record(model, "load the KAN checkpoint").to_dict()  # type: ignore[union-attr]
         if hasattr(config, "_is_quantized"):
             delattr(config, "_is_quantized")
         for block in model.modules():

@@ -14,7 +14,7 @@ from kanformer.configs import Configs, make_configs
 from kanformer.surgery.blocks import PlannedBlock, Refusal, plan_block
 from kanformer.surgery.candidates import checked_disagreement
 from kanformer.surgery.discover import find_sites
-from kanformer.surgery.modules import join
+from kanformer.surgery.modules import get_path, join
 from kanformer.surgery.patchable import check_patchable
 from kanformer.surgery.plan_table import plan_text
 from kanformer.surgery.select import Where, assign
@@ -70,7 +70,7 @@ def plan_surgery(
     found = find_sites(model, specs)
     chosen = assign(found, configs, where)
     for site, own in chosen:
-        reason = site.problem() or _tied_outside(site, users) or checked_disagreement(site)
+        reason = site.problem() or _copied_by_peft(site) or _tied_outside(site, users) or checked_disagreement(site)
         if reason is None and not site.path:
             reason = "the block is the whole model; patch the module that holds it"
         if reason is not None:
@@ -90,6 +90,16 @@ def _parameter_users(model: nn.Module) -> dict[int, list[str]]:
             if isinstance(parameter, Tensor):
                 users.setdefault(id(parameter), []).append(join(path, name))
     return users
+
+
+def _copied_by_peft(site: Site) -> str | None:
+    """peft's `modules_to_save` keeps two copies of a module side by side; only one of them stays, at another path, when the adapter is merged."""
+    names = site.path.split(".")
+    for depth in range(1, len(names) + 1):
+        module = get_path(site.model, ".".join(names[:depth]))
+        if any(kind.__name__ == "AuxiliaryTrainingWrapper" and kind.__module__.startswith("peft.") for kind in type(module).__mro__):
+            return f"{'.'.join(names[:depth])} is {type(module).__name__} of peft: patch the model first, then give it to peft"
+    return None
 
 
 def _tied_outside(site: Site, users: dict[int, list[str]]) -> str | None:

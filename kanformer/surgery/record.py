@@ -14,6 +14,7 @@ from kanformer.surgery.spec import FFNSpec
 
 _ATTRIBUTE = "_kanformer_record"
 QUANT_METHOD = "kan"
+COMPOSED = {"quant_method": QUANT_METHOD}  # the entry of a model whose parts were patched by themselves: their own configs have the records
 RECORD_VERSION = 2
 
 
@@ -139,18 +140,26 @@ def get_record(model: nn.Module, action: str) -> PatchRecord:
     """The record of the model, or of the part of it that was patched.
 
     Raises:
+        SurgeryError: the model is not patched, or several parts of it were, each by itself.
+    """
+    (_, record), *more = get_records(model, action)
+    if more:
+        raise SurgeryError(action, subject=type(model).__name__, got=f"{1 + len(more)} parts that were patched by themselves", hint="Take them one by one.")
+    return record
+
+
+def get_records(model: nn.Module, action: str) -> list[tuple[nn.Module, PatchRecord]]:
+    """What `find_records` finds.
+
+    Raises:
         SurgeryError: the model is not patched.
     """
-    record = find_record(model)[1]
-    if record is not None:
-        return record
-    raise SurgeryError(action, subject=type(model).__name__, got="a model that is not patched", hint="Call kanformer.patch_model(model) first.")
+    records = find_records(model)
+    if not records:
+        raise SurgeryError(action, subject=type(model).__name__, got="a model that is not patched", hint="Call kanformer.patch_model(model) first.")
+    return records
 
 
-def find_record(model: nn.Module) -> tuple[nn.Module | None, PatchRecord | None]:
-    """(the model or the part of it that was patched, its record), or (None, None)."""
-    for module in model.modules():
-        record = module.__dict__.get(_ATTRIBUTE)
-        if record is not None:
-            return module, record
-    return None, None
+def find_records(model: nn.Module) -> list[tuple[nn.Module, PatchRecord]]:
+    """(what was patched, its record): the model, or each of its parts that was patched by itself."""
+    return [(module, module.__dict__[_ATTRIBUTE]) for module in model.modules() if module.__dict__.get(_ATTRIBUTE) is not None]

@@ -7,8 +7,8 @@ from torch import nn
 from kanformer.errors import SurgeryError
 from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.surgery.apply import Model, revert
-from kanformer.surgery.modules import get_path
-from kanformer.surgery.record import get_record, set_record
+from kanformer.surgery.modules import get_path, join
+from kanformer.surgery.record import PatchRecord, get_records, set_record
 from kanformer.surgery.state import give_back
 
 
@@ -22,9 +22,8 @@ def unpatch_model(model: Model) -> Model:
         SurgeryError: the model is not patched, or its originals were not kept (`keep_original=False`, or it was loaded
             from a patched checkpoint).
     """
-    record = get_record(model, "restore the original blocks")
-    holder = next(module for module in model.modules() if module.__dict__.get("_kanformer_record") is record)
-    if not record.undo:
+    records = get_records(model, "restore the original blocks")
+    if not all(record.undo for _, record in records):
         raise SurgeryError(
             "restore the original blocks",
             subject=type(model).__name__,
@@ -32,6 +31,31 @@ def unpatch_model(model: Model) -> Model:
             expected="a model patched with keep_original=True",
             hint="Load the original checkpoint.",
         )
+    for holder, record in records:
+        _check_slots(holder, record)
+    for holder, record in records:
+        _restore(holder, record)
+    set_record(model, None)  # a composed model's config may say that its parts are patched
+    return model
+
+
+def _check_slots(holder: nn.Module, record: PatchRecord) -> None:
+    """Every KAN-FFN must still be where it was put."""
+    put_in = {(parent, name) for parent, name, original in record.undo if not isinstance(get_path(holder, parent)._modules[name], nn.Identity)}
+    for parent, name in sorted(put_in):
+        current = get_path(holder, parent)._modules[name]
+        if not isinstance(current, KANFeedForward | KANExperts):
+            kind = type(current)
+            raise SurgeryError(
+                "restore the original blocks",
+                subject=join(parent, name),
+                got=f"a {kind.__module__}.{kind.__name__}",
+                expected="the KAN-FFN that was put there",
+                hint="Take off what was put around it first; for peft: model.merge_and_unload().",
+            )
+
+
+def _restore(holder: nn.Module, record: PatchRecord) -> None:
     block: nn.Module | None = None
     for parent, name, original in record.undo:
         current = get_path(holder, parent)._modules[name]
@@ -40,4 +64,3 @@ def unpatch_model(model: Model) -> Model:
         give_back(block, current, original)
     revert(holder, record.undo, record.attributes)
     set_record(holder, None)
-    return model
