@@ -22,7 +22,7 @@ def of(part: str):
 
 def quantize(model: nn.Module, part: str) -> nn.Module:
     """Eight-bit weights in the linear maps of one part."""
-    torchao = pytest.importorskip("torchao.quantization", reason="needs the package torchao, which the extra [test] installs")
+    torchao = pytest.importorskip("torchao.quantization", reason="needs the package torchao, which no extra installs: pip install -c constraints.txt torchao")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=of(part))
     return model
 
