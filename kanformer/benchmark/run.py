@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kanformer.training.arguments import option
 
-SECTIONS = ("all", "ffn", "limit", "decode", "scaling")
+SECTIONS = ("all", "ffn", "limit", "decode", "scaling", "surgery")
 
 
 @dataclass
@@ -33,6 +33,7 @@ def benchmark(arguments: BenchmarkArguments) -> None:
     from kanformer.benchmark.peers import measure_peers
     from kanformer.benchmark.race import Row, machine
     from kanformer.benchmark.scaling import measure_exponents
+    from kanformer.benchmark.surgery import measure_surgery
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -66,6 +67,9 @@ def benchmark(arguments: BenchmarkArguments) -> None:
     if wanted("scaling"):
         for name, exponent in measure_exponents(max(3, rounds // 2), paths[-1], device).items():
             print(f"time of full edges ({paths[-1]}) grows with {name} to the power {exponent:.2f}", flush=True)
+    if wanted("surgery"):
+        for line in measure_surgery(min(rounds, 5)):
+            print(line, flush=True)
     if arguments.out:
         with open(arguments.out, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kanformer.config import KANConfig
 from kanformer.conversion.dense import DenseFFN
@@ -15,6 +15,7 @@ from kanformer.layers import KANFeedForward
 from kanformer.layers.density import warn_outside
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.feed_forward import copy_linear
+from kanformer.layers.kan_linear import KANLinear
 
 
 def hidden_width(dense: DenseFFN, config: KANConfig) -> int:
@@ -68,6 +69,8 @@ def empty_block(dense: DenseFFN, config: KANConfig, hidden: int, *, down_bias: b
 def convert(dense: DenseFFN, config: KANConfig, statistics: FFNStatistics | None = None) -> KANFeedForward:
     """Builds the KAN-FFN that takes the place of `dense`.
 
+    With init="exact" and keep_original=False its linear maps are the old block's tensors themselves, so that a model is patched in the memory that it has.
+
     Args:
         statistics: needed by init="prune"; with any init they set the grids to the data's ranges.
 
@@ -90,9 +93,11 @@ def convert(dense: DenseFFN, config: KANConfig, statistics: FFNStatistics | None
         block = empty_block(dense, config, hidden, down_bias=dense.down_bias is not None)
         if config.init == "random":
             block.reset_parameters()
-        else:
+        elif config.keep_original:
             _copy_expanding(block, dense, keep)
             copy_linear(block.kan_down, dense.down_weight, dense.down_bias)
+        else:
+            _take_over(block, dense)
     if statistics is not None and statistics.tokens and config.init != "random":
         _set_grids(block, statistics, keep, config)
     return block
@@ -104,6 +109,26 @@ def _copy_expanding(block: KANFeedForward, dense: DenseFFN, keep: Tensor) -> Non
         pairs.append((block.kan_gate, dense.gate_weight, dense.gate_bias))
     for target, weight, bias in pairs:
         copy_linear(target, weight[keep], None if bias is None else bias[keep])
+
+
+def _take_over(block: KANFeedForward, dense: DenseFFN) -> None:
+    """Makes the old block's weights and biases those of the new block; what was there is freed."""
+    maps = [(block.kan_up, dense.up_weight, dense.up_bias), (block.kan_down, dense.down_weight, dense.down_bias)]
+    if block.kan_gate is not None and dense.gate_weight is not None:
+        maps.append((block.kan_gate, dense.gate_weight, dense.gate_bias))
+    for target, weight, bias in maps:
+        full = isinstance(target, KANLinear)
+        for name, tensor in (("kan_base_weight" if full else "weight", weight), ("kan_bias" if full else "bias", bias)):
+            if tensor is not None:
+                setattr(target, name, nn.Parameter(tensor if _can_be_saved(tensor) else tensor.contiguous()))
+        if full:
+            target.kan_coef.zero_()
+
+
+def _can_be_saved(tensor: Tensor) -> bool:
+    """Whether safetensors can write the tensor as it lies: in one piece, or turned but alone in its memory."""
+    alone = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor.is_contiguous() or (alone and tensor.t().is_contiguous())
 
 
 def _group_order(block: KANFeedForward, statistics: FFNStatistics, keep: Tensor) -> Tensor:

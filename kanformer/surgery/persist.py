@@ -23,6 +23,8 @@ from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRe
 from kanformer.surgery.sentinel import freeze_sentinels
 from kanformer.surgery.sites import Site
 
+_ALIGNMENT = 64  # bytes, what torch's own allocations have
+
 
 class KANQuantizationConfig(QuantizationConfigMixin):
     """The `quantization_config` of a patched checkpoint: not a quantization, but the same slot."""
@@ -79,6 +81,7 @@ class KANQuantizer(HfQuantizer):
                 block.train(model.training)
             if isinstance(block, KANExperts):
                 freeze_sentinels(block)
+                _align(block)
         return model
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
@@ -99,6 +102,13 @@ class KANQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _align(module: nn.Module) -> None:
+    """Copies what lies unaligned in a mapped file: there the product with a single row, which is what an expert often gets, rounds otherwise."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _sparing(conversion: Any) -> Any:
