@@ -14,6 +14,7 @@ from kanformer.configs import Configs, make_configs
 from kanformer.surgery.blocks import PlannedBlock, Refusal, plan_block
 from kanformer.surgery.candidates import checked_disagreement
 from kanformer.surgery.discover import find_sites
+from kanformer.surgery.lookalikes import lookalikes
 from kanformer.surgery.modules import get_path, join
 from kanformer.surgery.patchable import check_patchable
 from kanformer.surgery.plan_table import plan_text
@@ -30,6 +31,7 @@ class SurgeryPlan:
         blocks: the selected blocks, each with the config that it gets.
         refusals: selected blocks that cannot be replaced; `patch_model` raises while there are any.
         left: paths of the blocks that no config selects; they stay MLPs.
+        unknown: modules that look like feed-forward blocks and fit no description; they stay as they are.
     """
 
     model_class: str
@@ -38,6 +40,7 @@ class SurgeryPlan:
     refusals: tuple[Refusal, ...]
     sites: tuple[Site, ...]
     left: tuple[str, ...]
+    unknown: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
         return self.text(shutil.get_terminal_size((100, 24)).columns)
@@ -80,7 +83,7 @@ def plan_surgery(
             good.append(site)
     taken = {site.path for site, _ in chosen}
     left = tuple(site.path for site in found if site.path not in taken)
-    return SurgeryPlan(type(model).__name__, configs, tuple(blocks), tuple(refusals), tuple(good), left)
+    return SurgeryPlan(type(model).__name__, configs, tuple(blocks), tuple(refusals), tuple(good), left, lookalikes(model, [site.owner_path for site in found]))
 
 
 def _parameter_users(model: nn.Module) -> dict[int, list[str]]:

@@ -32,6 +32,7 @@ def plan_text(plan: SurgeryPlan, width: int) -> str:
     rows = [*_rows(plan), ("total", str(len(plan.blocks)), *[""] * 5, f"{old:,}", f"{new:,}")]
     lines.append(_fitting(rows, width, {"config"} if len(plan.configs) == 1 else set()))
     notes = [f"refused: {text}" for text in refusal_lines(plan.refusals)]
+    notes += [f"stays as it is: {text}" for text in refusal_lines(plan.unknown)]
     if plan.left:
         notes.append(f"not selected, {len(plan.left)} in all: {few(path for path, _ in fold_paths(plan.left))}")
     return "\n".join([*lines, *(line for note in notes for line in textwrap.wrap(note, width, subsequent_indent="  "))])
