@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kanformer.errors import CheckpointError, KanformerError
+from kanformer.surgery.record import find_record
 
 
 def load_model(name_or_path: str, auto_class: str | None = None, attn_implementation: str | None = None, **kwargs: Any) -> nn.Module:
@@ -33,12 +34,12 @@ def load_model(name_or_path: str, auto_class: str | None = None, attn_implementa
         raise
     except Exception as error:
         raise CheckpointError("load the model", subject=name_or_path, got=_first_line(error), hint=_hint(name_or_path)) from error
-    missing = [key for key in info["missing_keys"] if "kan_" in key]
-    if missing:
+    saved = type(model).__name__ in (model.config.architectures or ())
+    if saved and info["missing_keys"] and find_record(model)[1] is not None:
         raise CheckpointError(
             "load the model",
             subject=name_or_path,
-            got=f"no tensors for {', '.join(sorted(missing)[:3])}",
+            got=f"no tensors for {', '.join(sorted(info['missing_keys'])[:3])}",
             hint="The weight files and config.json do not belong together.",
         )
     return model.eval()

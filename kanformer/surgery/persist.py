@@ -19,6 +19,7 @@ from kanformer.surgery.modules import join
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
+from kanformer.surgery.verify import ACTION, check_files, check_site, check_unique, short, watch_loading
 
 
 class KANQuantizationConfig(QuantizationConfigMixin):
@@ -51,7 +52,8 @@ class KANQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
+        check_files(kwargs.get("checkpoint_files"))
+        watch_loading(model, rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict())))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -85,13 +87,40 @@ class KANQuantizer(HfQuantizer):
         return True
 
 
-def rebuild(model: nn.Module, record: PatchRecord) -> None:
-    """Swaps empty KAN-FFNs into a freshly built, unpatched model (on the meta device as a rule).
+def rebuild(model: nn.Module, record: PatchRecord) -> list[Site]:
+    """Swaps empty KAN-FFNs into a freshly built, unpatched model (on the meta device as a rule), and says where.
 
     Raises:
         CheckpointError: a recorded block is not in this model class, or has another shape.
     """
-    pairs = [(site, _empty(site, entry, record)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    pairs = empty_blocks(model, record)
+    put_in(model, pairs, record)
+    return [site for site, _ in pairs]
+
+
+def empty_blocks(model: nn.Module, record: PatchRecord) -> list[tuple[Site, KANFeedForward]]:
+    """The places of the recorded blocks in an unpatched model, and the KAN-FFNs for them without numbers; the model is not touched.
+
+    Raises:
+        CheckpointError: as `rebuild`.
+    """
+    try:
+        pairs = [(site, _empty(site, entry, record)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever numbers from a file do to torch
+        raise CheckpointError(
+            ACTION,
+            subject=type(model).__name__,
+            got=f"blocks in config.json that cannot be built ({short(error)})",
+            hint="The file is damaged, or was written by hand.",
+        ) from error
+    check_unique([site for site, _ in pairs])
+    return pairs
+
+
+def put_in(model: nn.Module, pairs: list[tuple[Site, KANFeedForward]], record: PatchRecord) -> None:
+    """Swaps the blocks in and forgets what stood there."""
     swap(model, pairs, record)
     record.undo, record.attributes = [], []
     set_record(model, record)
@@ -105,29 +134,22 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
     for path in (join(prefix, owner), owner):
         if path in modules:
             site = Site(model, path, entry.spec)
-            problem = site.problem()
-            if problem is None:
-                return site
-            raise CheckpointError(
-                "load the KAN checkpoint",
-                subject=f"{type(model).__name__}, {path}",
-                got=f"a block that {problem}",
-                expected=f"a block as described by the spec {entry.spec.name!r}",
-            )
+            check_site(site)
+            return site
     raise CheckpointError(
-        "load the KAN checkpoint",
+        ACTION,
         subject=type(model).__name__,
-        got=f"no module at {entry.path}",
+        got=f"no module at {short(entry.path)}",
         hint="config.json and this model class do not fit together; load it with the class it was saved from.",
     )
 
 
 def _empty(site: Site, entry: SiteRecord, record: PatchRecord) -> KANFeedForward:
     dense = site.dense()
-    if dense.hidden_features != entry.mlp_hidden:
-        raise CheckpointError(
-            "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
-        )
+    mlp = (dense.hidden_features, dense.down_bias is not None)
+    if mlp != (entry.mlp_hidden, entry.mlp_down_bias):
+        wrong = f"an MLP of width {entry.mlp_hidden}, {'with' if entry.mlp_down_bias else 'without'} a bias behind it, in config.json"
+        raise CheckpointError(ACTION, subject=site.path, got=wrong, expected=f"{mlp[0]}, {'with' if mlp[1] else 'without'}")
     with torch.device(dense.up_weight.device):
         block = empty_block(dense, record.config, entry.hidden, down_bias=entry.down_bias)
     add_sentinel(block, entry.spec)
