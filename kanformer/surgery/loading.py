@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kanformer.errors import CheckpointError, KanformerError
-from kanformer.surgery.record import find_record
+from kanformer.layers import KANFeedForward
 
 
 def load_model(name_or_path: str, auto_class: str | None = None, attn_implementation: str | None = None, **kwargs: Any) -> nn.Module:
@@ -34,8 +34,8 @@ def load_model(name_or_path: str, auto_class: str | None = None, attn_implementa
         raise
     except Exception as error:
         raise CheckpointError("load the model", subject=name_or_path, got=_first_line(error), hint=_hint(name_or_path)) from error
-    saved = type(model).__name__ in (model.config.architectures or ())
-    if saved and info["missing_keys"] and find_record(model)[1] is not None:
+    whole = type(model).__name__ in (model.config.architectures or ()) and any(isinstance(module, KANFeedForward) for module in model.modules())
+    if whole and info["missing_keys"]:
         raise CheckpointError(
             "load the model",
             subject=name_or_path,

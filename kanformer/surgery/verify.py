@@ -92,9 +92,11 @@ def watch_loading(model: nn.Module, sites: Iterable[Site]) -> None:
     transformers itself only warns about missing and unknown tensors. It shows them to `mark_tied_weights_as_initialized` first of all.
     """
     name = "mark_tied_weights_as_initialized"
-    original = getattr(model, name)
-    parts = {site.path for site in sites}
-    parts |= {join(site.owner_path, path) for site in sites for path in (site.spec.up, site.spec.down, site.spec.gate, *site.spec.identities) if path}
+    original, paths = getattr(model, name), {id(module): path for path, module in model.named_modules()}
+    parts = set()
+    for site in sites:
+        spec, owner = site.spec, paths[id(site.owner)]
+        parts |= {join(owner, spec.slot), *(join(owner, path) for path in (spec.up, spec.down, spec.gate, *spec.identities) if path)}
 
     def look(loading_info: Any) -> None:
         model.__dict__.pop(name, None)
@@ -116,15 +118,16 @@ def _problem_of_tensors(model: nn.Module, parts: tuple[str, ...], loading_info: 
         name, (got, expected) = min(wrong.items())
         return f"{name} of shape {got} where config.json says {expected}"
     if foreign:
-        return f"tensors that no block takes ({_some(foreign)})"
+        return f"tensors that no block takes ({some(foreign)})"
     if not missing and type(model).__name__ in (getattr(model.config, "architectures", None) or ()) and loading_info.unexpected_keys:
         # The class that was saved: a tensor that it lacks and one that it does not know were one, under its right name.
         tied, ignored = getattr(model, "all_tied_weights_keys", {}), getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         missing = {name for name in loading_info.missing_keys if name not in tied and not any(re.search(pattern, name) for pattern in ignored)}
-    return f"no tensors for {_some(missing)}" if missing else None
+    return f"no tensors for {some(missing)}" if missing else None
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """Three of the names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
