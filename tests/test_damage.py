@@ -192,6 +192,35 @@ class TestConfig:
         edit_json(bert / "config.json", lambda config: config["quantization_config"]["sites"].pop())
         refuses(bert, "tensors that no block takes")
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"hidden_size": "x"},
+            {"num_hidden_layers": 3},
+            {"num_hidden_layers": -1},
+            {"hidden_size": 10**9},
+            {"architectures": [5]},
+            {"architectures": ["pipeline"]},
+            {"architectures": "BertForMaskedLM"},
+            {"model_type": "surprise"},
+            {"model_type": ["bert"]},
+            {"dtype": "load"},
+            {"quantization_config": "kan"},
+            {"quantization_config": [1]},
+            {"quantization_config": {}},
+            {"quantization_config": None},
+        ],
+        ids=str,
+    )
+    def test_our_loader_says_what_else_is_wrong_with_config_json(self, bert, change):
+        edit_json(bert / "config.json", lambda config: config.update(change))
+        with pytest.raises(CheckpointError) as caught:
+            load_model(str(bert))
+        assert "\n" not in str(caught.value)
+        (bert / "config.json").write_text("{")
+        with pytest.raises(CheckpointError):
+            load_model(str(bert))
+
     def test_another_model_class(self, originals, bert):
         with pytest.raises(CheckpointError, match="no module at .*layer.0"):
             tf.GPT2LMHeadModel.from_pretrained(bert)

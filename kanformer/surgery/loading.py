@@ -76,6 +76,8 @@ def _own_class(name_or_path: str) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(name_or_path)
     names = getattr(config, "architectures", None) or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError("load the model", subject=name_or_path, got=f"architectures {names!r} in config.json", expected="a list of class names")
     return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
 
 

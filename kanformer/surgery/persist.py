@@ -19,7 +19,7 @@ from kanformer.surgery.modules import join
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
-from kanformer.surgery.verify import ACTION, check_files, check_site, check_unique, short, watch_loading
+from kanformer.surgery.verify import ACTION, WATCHED, check_files, check_site, check_unique, short, watch_loading
 
 
 class KANQuantizationConfig(QuantizationConfigMixin):
@@ -58,9 +58,8 @@ class KANQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # From here on it is an ordinary model: Trainer, .half() and save_pretrained(state_dict=...) work as with any other.
-        for name in ("hf_quantizer", "quantization_method"):
-            if name in model.__dict__:
-                delattr(model, name)
+        for name in ("hf_quantizer", "quantization_method", WATCHED):
+            model.__dict__.pop(name, None)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
         config.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]

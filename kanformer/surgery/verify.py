@@ -16,6 +16,7 @@ from kanformer.surgery.modules import get_path, join
 from kanformer.surgery.sites import Site
 
 ACTION = "load the KAN checkpoint"
+WATCHED = "mark_tied_weights_as_initialized"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -89,17 +90,16 @@ def _holder(site: Site, path: str) -> Any:
 def watch_loading(model: nn.Module, sites: Iterable[Site]) -> None:
     """Lets `from_pretrained` stop with a CheckpointError, before it makes up weights, if the files' tensors are not those of the KAN-FFNs.
 
-    transformers itself only warns about missing and unknown tensors. It shows them to `mark_tied_weights_as_initialized` first of all.
+    transformers itself only warns about missing and unknown tensors. It shows them to this method first of all.
     """
-    name = "mark_tied_weights_as_initialized"
-    original, paths = getattr(model, name), {id(module): path for path, module in model.named_modules()}
+    original, paths = getattr(model, WATCHED), {id(module): path for path, module in model.named_modules()}
     parts = set()
     for site in sites:
         spec, owner = site.spec, paths[id(site.owner)]
         parts |= {join(owner, spec.slot), *(join(owner, path) for path in (spec.up, spec.down, spec.gate, *spec.identities) if path)}
 
     def look(loading_info: Any) -> None:
-        model.__dict__.pop(name, None)
+        model.__dict__.pop(WATCHED, None)
         problem = _problem_of_tensors(model, tuple(f"{path}." for path in parts), loading_info)
         if problem is not None:
             for found in (loading_info.missing_keys, loading_info.mismatched_keys, loading_info.unexpected_keys):
@@ -107,7 +107,7 @@ def watch_loading(model: nn.Module, sites: Iterable[Site]) -> None:
             raise CheckpointError(ACTION, subject=type(model).__name__, got=problem, hint="The weight files and config.json do not belong together.")
         original(loading_info)
 
-    model.__dict__[name] = look
+    model.__dict__[WATCHED] = look
 
 
 def _problem_of_tensors(model: nn.Module, parts: tuple[str, ...], loading_info: Any) -> str | None:
