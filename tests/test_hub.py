@@ -93,6 +93,12 @@ class TestCard:
             kanformer.save_pretrained(BY_NAME["bert"].build(), tmp_path / "a")
         with pytest.raises(ConfigError, match="push_to_hub=True.*upload_folder"):
             kanformer.save_pretrained(patched(), tmp_path / "a", push_to_hub=True)
+        parts = [tf.BertModel(BY_NAME["bert"].config(**BY_NAME["bert"].values, **extra)) for extra in ({}, {"is_decoder": True, "add_cross_attention": True})]
+        whole = tf.EncoderDecoderModel(encoder=parts[0], decoder=tf.BertLMHeadModel(parts[1].config))
+        kanformer.patch_model(whole.encoder)
+        for save in (kanformer.save_pretrained, kanformer.save_delta):
+            with pytest.raises(SurgeryError, match="a part was patched"):
+                save(whole, tmp_path / "a")
         assert not (tmp_path / "a").exists()
 
     def test_options_of_save_pretrained_pass_through(self, tmp_path):

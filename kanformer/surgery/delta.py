@@ -17,9 +17,10 @@ from kanformer.surgery.base_model import fingerprint, load_base, plain_config, s
 from kanformer.surgery.card import base_name
 from kanformer.surgery.delta_info import INFO, VERSION, DeltaInfo
 from kanformer.surgery.folders import MARKER, write_folder
+from kanformer.surgery.hub import saved_record
 from kanformer.surgery.modules import join
 from kanformer.surgery.persist import empty_blocks, put_in, rebuild
-from kanformer.surgery.record import PatchRecord, get_record
+from kanformer.surgery.record import PatchRecord
 from kanformer.surgery.verify import check_files, short, some
 
 _WEIGHTS = "kan_delta.safetensors"
@@ -41,7 +42,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base_model: str | nn
         CheckpointError: the base cannot be read or is another model, the folder holds other files, or it cannot be written.
     """
     action = "save the KAN part"
-    record = get_record(model, action)
+    record = saved_record(model, action)
     folder = Path(folder)
     _check_folder(folder)
     source = base_model or base_name(model)

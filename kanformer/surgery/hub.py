@@ -10,7 +10,7 @@ from torch import nn
 
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.surgery.card import write_card
-from kanformer.surgery.record import get_record
+from kanformer.surgery.record import PatchRecord, get_record
 from kanformer.surgery.remote_code import write_remote_code
 
 
@@ -39,11 +39,7 @@ def save_pretrained(
         SurgeryError: the model is not patched, or of a class that config.json cannot describe. ConfigError: push_to_hub. CheckpointError: a file that
         cannot be written.
     """
-    get_record(model, "save")
-    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
-        raise SurgeryError(
-            "save", subject=type(model).__name__, got="a model of which a part was patched", hint="Patch and save that part, or patch the whole model."
-        )
+    saved_record(model, "save")
     if kwargs.get("push_to_hub"):
         raise ConfigError("save", got="push_to_hub=True", hint="Save first, then huggingface_hub.upload_folder(folder_path=folder, repo_id=...).")
     folder = Path(folder)
@@ -56,3 +52,17 @@ def save_pretrained(
         write_remote_code(model, folder)
     if model_card:
         write_card(model, folder, base_model, remote_code=remote_code)
+
+
+def saved_record(model: nn.Module, action: str) -> PatchRecord:
+    """The record of a model whose config.json will carry it.
+
+    Raises:
+        SurgeryError: the model is not patched, or only a part of it was, of which its own config does not know.
+    """
+    record = get_record(model, action)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        raise SurgeryError(
+            action, subject=type(model).__name__, got="a model of which a part was patched", hint="Patch and save that part, or patch the whole model."
+        )
+    return record
