@@ -64,6 +64,14 @@ def edit_tensors(folder: Path, change) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def set_everywhere(value: Any, key: str, new: Any) -> None:
+    """Sets a key in every object of a JSON value that has it."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        set_everywhere(item, key, new)
+    if isinstance(value, dict) and key in value:
+        value[key] = new
+
+
 def refuses(folder: Path, message: str, **options: Any) -> None:
     """Stock from_pretrained and our own loader both say so, on one line."""
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -183,6 +191,10 @@ class TestConfig:
             torch, "empty_like", lambda tensor, **options: empty_like(tensor, **options) if tensor.numel() < 10**9 else pytest.fail("allocated")
         )
         refuses(bert, "cannot load the KAN checkpoint")
+
+    def test_a_degree_that_would_take_hours_to_build_is_refused(self, bert):
+        edit_json(bert / "config.json", lambda config: set_everywhere(config["quantization_config"], "spline_order", 10**4))
+        refuses(bert, r"spline_order=10000\): expected at most 32")
 
     def test_the_same_block_twice(self, bert):
         edit_json(bert / "config.json", lambda config: config["quantization_config"]["sites"].append(config["quantization_config"]["sites"][0]))

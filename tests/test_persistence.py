@@ -151,6 +151,14 @@ def test_the_model_without_its_head_and_another_head_hold_the_same_blocks(case, 
     assert list(blocks(again)) == list(blocks(model))
 
 
+def test_a_family_whose_native_weights_are_fused_on_saving(tmp_path):
+    small = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    model = disturb(kanformer.patch_model(tf.GteModel(tf.GteConfig(**small)).eval()))
+    model.save_pretrained(tmp_path)
+    assert any("up_gate_proj" in name for name in load_file(tmp_path / "model.safetensors"))  # the sentinel, called gate_proj in the model
+    assert same_state(snapshot(tf.GteModel.from_pretrained(tmp_path)), snapshot(model))
+
+
 def test_an_own_spec_travels_with_the_checkpoint(tmp_path):
     case = BY_NAME["llama"]
     spec = kanformer.FFNSpec(name="mine", owner="LlamaMLP", gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")

@@ -17,7 +17,7 @@ from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import swap
 from kanformer.surgery.modules import join
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord, SiteRecord, set_record
-from kanformer.surgery.sentinel import add_sentinel
+from kanformer.surgery.sentinel import add_sentinel, clear_sentinel
 from kanformer.surgery.sites import Site
 from kanformer.surgery.verify import ACTION, WATCHED, check_files, check_site, check_unique, short, watch_loading
 
@@ -68,6 +68,7 @@ class KANQuantizer(HfQuantizer):
         for block in model.modules():
             if isinstance(block, KANFeedForward):
                 block.train(model.training)
+                clear_sentinel(block)
         return model
 
     def is_serializable(self) -> bool:

@@ -36,3 +36,10 @@ def add_sentinel(block: KANFeedForward, spec: FFNSpec) -> None:
             holder.add_module(name, nn.Module())
         holder = holder.get_submodule(name)
     holder.add_module(last, Sentinel(device))
+
+
+def clear_sentinel(block: KANFeedForward) -> None:
+    """Sets the tensor to zero again: where transformers fuses native weights on saving, it does not come back as it was."""
+    for module in block.modules():
+        if isinstance(module, Sentinel) or (module is block and "weight" in module._buffers):
+            module.weight.zero_()  # type: ignore[union-attr,operator]

@@ -17,7 +17,7 @@ from kanformer.surgery.sites import Site
 
 ACTION = "load the KAN checkpoint"
 WATCHED = "mark_tied_weights_as_initialized"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_INTEGERS = ("I", "U", "BOOL")  # how safetensors' names of such dtypes begin
 
 
 def check_files(files: Sequence[str] | None) -> None:
@@ -35,7 +35,7 @@ def check_files(files: Sequence[str] | None) -> None:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                strange = [name for name in file.keys() if "kan_" in name and file.get_slice(name).get_dtype() not in _FLOATS]  # noqa: SIM118
+                strange = [name for name in file.keys() if "kan_" in name and file.get_slice(name).get_dtype().startswith(_INTEGERS)]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             size = f"a file of {path.stat().st_size:,} bytes" if path.is_file() else "a file"
             raise CheckpointError(ACTION, subject=path, got=f"{size} that is damaged or cut short ({short(error)})", hint="Copy it again.") from error
@@ -93,14 +93,15 @@ def watch_loading(model: nn.Module, sites: Iterable[Site]) -> None:
     transformers itself only warns about missing and unknown tensors. It shows them to this method first of all.
     """
     original, paths = getattr(model, WATCHED), {id(module): path for path, module in model.named_modules()}
-    parts = set()
+    parts, sentinels = set(), set()
     for site in sites:
         spec, owner = site.spec, paths[id(site.owner)]
         parts |= {join(owner, spec.slot), *(join(owner, path) for path in (spec.up, spec.down, spec.gate, *spec.identities) if path)}
+        sentinels.add(join(owner, spec.slot, spec.sentinel, "weight"))
 
     def look(loading_info: Any) -> None:
         model.__dict__.pop(WATCHED, None)
-        problem = _problem_of_tensors(model, tuple(f"{path}." for path in parts), loading_info)
+        problem = _problem_of_tensors(model, tuple(f"{path}." for path in parts), sentinels, loading_info)
         if problem is not None:
             for found in (loading_info.missing_keys, loading_info.mismatched_keys, loading_info.unexpected_keys):
                 found.clear()  # else transformers would report them, and raise an error of its own in place of this one
@@ -110,19 +111,22 @@ def watch_loading(model: nn.Module, sites: Iterable[Site]) -> None:
     model.__dict__[WATCHED] = look
 
 
-def _problem_of_tensors(model: nn.Module, parts: tuple[str, ...], loading_info: Any) -> str | None:
-    missing = {name for name in loading_info.missing_keys if name.startswith(parts)}
-    foreign = {name for name in loading_info.unexpected_keys if name.startswith(parts) or any(word.startswith("kan_") for word in name.split("."))}
+def _problem_of_tensors(model: nn.Module, parts: tuple[str, ...], sentinels: set[str], loading_info: Any) -> str | None:
+    # A sentinel has the name of a native weight, which transformers may fuse with another or split when it saves and loads (gte).
+    all_missing = loading_info.missing_keys - sentinels
+    missing = {name for name in all_missing if name.startswith(parts)}
+    foreign = {name for name in loading_info.unexpected_keys if any(word.startswith("kan_") for word in name.split("."))}
     wrong = {name: (tuple(got), tuple(expected)) for name, got, expected in loading_info.mismatched_keys if name.startswith(parts)}
     if wrong:
         name, (got, expected) = min(wrong.items())
         return f"{name} of shape {got} where config.json says {expected}"
     if foreign:
         return f"tensors that no block takes ({some(foreign)})"
-    if not missing and type(model).__name__ in (getattr(model.config, "architectures", None) or ()) and loading_info.unexpected_keys:
+    unknown = {name for name in loading_info.unexpected_keys if not name.startswith(parts)}
+    if not missing and unknown and type(model).__name__ in (getattr(model.config, "architectures", None) or ()):
         # The class that was saved: a tensor that it lacks and one that it does not know were one, under its right name.
         tied, ignored = getattr(model, "all_tied_weights_keys", {}), getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-        missing = {name for name in loading_info.missing_keys if name not in tied and not any(re.search(pattern, name) for pattern in ignored)}
+        missing = {name for name in all_missing if name not in tied and not any(re.search(pattern, name) for pattern in ignored)}
     return f"no tensors for {some(missing)}" if missing else None
 
 
