@@ -120,6 +120,15 @@ def test_a_wrong_base_is_refused(made, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_base_of_pickles_is_not_read(made, monkeypatch):
+    base, _, delta = made
+    torch.save(BERT.build().state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        kanformer.load_delta(delta)
+
+
 def test_other_weights_that_changed_are_named_and_can_be_added(made, tmp_path):
     _, model, _ = made
     with torch.no_grad():

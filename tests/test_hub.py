@@ -65,6 +65,7 @@ class TestCard:
 
     def test_a_base_model_that_is_a_folder_is_named_without_its_path(self, tmp_path):
         BY_NAME["bert"].build().save_pretrained(tmp_path / "mine")
+        (tmp_path / "mine" / "README.md").write_text("---\nbase_model: google-bert/bert-base-uncased\ntags: [fill-mask]\n---\nTuned by me.\n")
         model = kanformer.patch_model(tf.AutoModelForMaskedLM.from_pretrained(tmp_path / "mine"))
         kanformer.save_pretrained(model, tmp_path / "kan")
         assert "base_model" not in front_matter(tmp_path / "kan")

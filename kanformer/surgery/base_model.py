@@ -39,6 +39,7 @@ def load_base(source: str | nn.Module, cls: type, config: Any, dtype: torch.dtyp
             raise _refusal(source, f"a {type(model).__name__} in {model.dtype}", f"a {cls.__name__} in {dtype}")
     else:
         options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs.setdefault("use_safetensors", True)  # the name may come from a file: no pickle unless the caller says so
         try:
             with _silent():  # a head that is new in the model is none of the reader's business
                 model, info = cls.from_pretrained(source, **options, **kwargs)  # type: ignore[attr-defined]

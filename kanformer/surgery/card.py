@@ -76,7 +76,7 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def named_in_card(folder: Path) -> str | None:
-    """The `base_model` of a folder's README.md, or None."""
+    """The `base_model` in the card of a patched model's folder, or None. (An ordinary model's card names what that one was made from.)"""
     import yaml
 
     try:
@@ -84,7 +84,10 @@ def named_in_card(folder: Path) -> str | None:
         values: Any = yaml.safe_load(front.group(1)) if front else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    found = values.get("base_model") if isinstance(values, dict) else None
+    tags = values.get("tags") if isinstance(values, dict) else None
+    if not isinstance(tags, list) or "kanformer" not in tags:
+        return None
+    found = values.get("base_model")
     return found if isinstance(found, str) else None
 
 
