@@ -22,6 +22,9 @@ _PUBLIC = {
     "plan_surgery": "kanformer.surgery.plan",
     "patch_model": "kanformer.surgery.apply",
     "unpatch_model": "kanformer.surgery.restore",
+    "save_pretrained": "kanformer.surgery.hub",
+    "save_delta": "kanformer.surgery.delta",
+    "load_delta": "kanformer.surgery.delta",
     "use_backend": "kanformer.ops",
     "calibrate": "kanformer.surgery.calibrate",
     "regularize": "kanformer.conversion.regularize",
@@ -47,7 +50,9 @@ if TYPE_CHECKING:
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare
+    from kanformer.surgery.delta import load_delta, save_delta
     from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
+    from kanformer.surgery.hub import save_pretrained
     from kanformer.surgery.plan import plan_surgery
     from kanformer.surgery.restore import unpatch_model
     from kanformer.surgery.spec import FFNSpec

@@ -23,6 +23,7 @@ class PatchArguments:
     text: str | None = option(None, "calibration text, a text per line")
     calibration_samples: int = option(256, "texts to calibrate on", ge=1)
     max_length: int = option(128, "tokens per text", ge=2)
+    remote_code: bool = option(False, "write code beside it, so that trust_remote_code=True loads it without importing kanformer")
     dry_run: bool = option(False, "print the plan and stop")
 
 
@@ -49,12 +50,13 @@ class PlotArguments:
 
 
 def patch(arguments: PatchArguments) -> None:
-    """Patches a checkpoint and saves it, with its tokenizer where it has one."""
+    """Patches a checkpoint and saves it, with a model card, and its tokenizer where it has one."""
     from kanformer.configs import configs_from
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.compare import compare as count
+    from kanformer.surgery.folders import write_folder
+    from kanformer.surgery.hub import save_pretrained
     from kanformer.surgery.plan import plan_surgery
-    from kanformer.training.checkpoint import write_folder
 
     _need(arguments.model, "model")
     config = configs_from(arguments.kan, keep_original=False)
@@ -69,12 +71,7 @@ def patch(arguments: PatchArguments) -> None:
     print(count(model))
     tokenizer = _tokenizer(arguments.model)
 
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-    write_folder(Path(arguments.out), fill)
+    write_folder(Path(arguments.out), lambda folder: save_pretrained(model, folder, tokenizer=tokenizer, remote_code=arguments.remote_code))
     print(f"saved: {arguments.out}")
 
 

@@ -12,6 +12,7 @@ from kanformer.errors import ConfigError, did_you_mean
 from kanformer.selection import EXPERTS, LAYERS_EXPECTED, TOWERS, layers_are_good, read_layers
 
 SCHEMA_VERSION = 2  # 1 had no layers_pattern, towers and experts; it is still read
+MAX_ORDER = 32
 EDGES = ("shared", "full", "mlp")
 INITS = ("exact", "prune", "random")
 
@@ -29,7 +30,7 @@ class KANConfig:
             "mlp" (none: the control, the same block with its fixed activation).
         groups: number of functions with shared edges; None means one per hidden channel.
         grid_size: G, intervals inside the grid range.
-        spline_order: k, degree of the splines.
+        spline_order: k, degree of the splines, at most 32.
         grid_range: (lo, hi) of every grid until it is calibrated, in the units of the function's input.
         knots: "uniform", or "free" for B-splines whose knots a grid update may set anywhere (slower).
         extrapolation: beyond the grid range, "zero" (splines fade to 0, the base function carries on) or "linear" (the tangent at the end).
@@ -112,6 +113,8 @@ class KANConfig:
             value = getattr(self, name)
             if not _is_int(value) or value < low:
                 self._fail(name, f"an integer >= {low}")
+        if self.spline_order > MAX_ORDER:
+            self._fail("spline_order", f"at most {MAX_ORDER}", "Splines of a high degree are polynomials that float32 cannot evaluate; 3 is usual.")
         if self.groups is not None and (not _is_int(self.groups) or self.groups < 1):
             self._fail("groups", "None or an integer >= 1")
         pair = self.grid_range

@@ -32,8 +32,8 @@ class KanformerError(Exception):
     def _message(self) -> str:
         text = f"cannot {self.action}"
         if self.subject is not None:
-            text += f" ({self.subject})"
-        facts = [f"got {self.got}" if self.got is not None else "", f"expected {self.expected}" if self.expected is not None else ""]
+            text += f" ({_cut(self.subject)})"
+        facts = [f"got {_cut(self.got)}" if self.got is not None else "", f"expected {self.expected}" if self.expected is not None else ""]
         facts = [fact for fact in facts if fact]
         if facts:
             text += ": " + ", ".join(facts)
@@ -42,6 +42,12 @@ class KanformerError(Exception):
     def __reduce__(self):
         # Pickled between worker processes: rebuild from the finished message's parts.
         return (_rebuild, (type(self), self.action, self.subject, self.got, self.expected, self.hint))
+
+
+def _cut(value: object, length: int = 1000) -> str:
+    """What came from a user or a file, without its tail where it is a book."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
 
 
 def _rebuild(cls, action, subject, got, expected, hint):

@@ -46,7 +46,7 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("compare {bert}", "not patched"),
         ("compare {tmp}/none", "no such folder"),
         ("compare {tmp}", "no config.json there"),
-        ("compare {cut}", "model.safetensors is damaged or cut short"),
+        ("compare {cut}", "bytes that is damaged or cut short"),
         ("plot {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
         ("plot {kan} --out {tmp}/new --text {empty} --max_length 16", "an empty file"),
         ("plot {kan} --out {tmp}/new --text {latin} --max_length 16", "not UTF-8 at position 3"),

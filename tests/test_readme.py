@@ -48,6 +48,24 @@ def test_the_calls_for_grids_and_penalties_run(recwarn):
     assert functions.basis.grid_size == 16 and functions.kan_coef.grad is not None
 
 
+def test_the_calls_for_saving_and_loading_run(tmp_path, monkeypatch):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import kanformer
+
+    code = README.split("## Saving and loading")[1].split("```python\n")[1].split("```")[0]
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    monkeypatch.chdir(tmp_path)
+    LlamaForCausalLM(config).save_pretrained("mine")
+    model = kanformer.patch_model(LlamaForCausalLM.from_pretrained("mine"))
+    names = {"kanformer": kanformer, "model": model}
+    exec(code, names)
+    assert names["model"] is not model and (tmp_path / "mine-kan" / "modeling_kanformer.py").is_file()
+    left, right = model.state_dict(), names["model"].state_dict()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_every_path_in_the_readme_exists():
     tree = README.split("## Where things are")[1]
     for name in re.findall(r"^\s+([a-z_]+(?:/|\.py))", tree, re.MULTILINE):

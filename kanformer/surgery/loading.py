@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kanformer.errors import CheckpointError, KanformerError
+from kanformer.layers import KANFeedForward
 from kanformer.surgery.holders import needs_call
 from kanformer.surgery.record import COMPOSED
 
@@ -37,12 +38,12 @@ def load_model(name_or_path: str, auto_class: str | None = None, attn_implementa
         raise
     except Exception as error:
         raise CheckpointError("load the model", subject=name_or_path, got=_first_line(error), hint=_hint(name_or_path)) from error
-    missing = [key for key in info["missing_keys"] if "kan_" in key]
-    if missing:
+    whole = type(model).__name__ in (model.config.architectures or ()) and any(isinstance(module, KANFeedForward) for module in model.modules())
+    if whole and info["missing_keys"]:
         raise CheckpointError(
             "load the model",
             subject=name_or_path,
-            got=f"no tensors for {', '.join(sorted(missing)[:3])}",
+            got=f"no tensors for {', '.join(sorted(info['missing_keys'])[:3])}",
             hint="The weight files and config.json do not belong together.",
         )
     return model.eval()
@@ -79,6 +80,8 @@ def _own_class(name_or_path: str) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(name_or_path)
     names = getattr(config, "architectures", None) or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError("load the model", subject=name_or_path, got=f"architectures {names!r} in config.json", expected="a list of class names")
     return getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
 
 

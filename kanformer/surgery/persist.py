@@ -20,8 +20,9 @@ from kanformer.surgery.assemble import KANModule, assemble
 from kanformer.surgery.holders import recorded_parts
 from kanformer.surgery.modules import join
 from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRecord, get_record, set_record
-from kanformer.surgery.sentinel import freeze_sentinels
+from kanformer.surgery.sentinel import clear_sentinels
 from kanformer.surgery.sites import Site
+from kanformer.surgery.verify import ACTION, WATCHED, check_files, check_site, check_unique, short, watch_loading
 
 _ALIGNMENT = 64  # bytes, what torch's own allocations have
 
@@ -58,19 +59,18 @@ class KANQuantizer(HfQuantizer):
             raise SurgeryError(
                 "patch while loading", got="quantization_config with quant_method 'kan'", hint="Load the model first, then call kanformer.patch_model(model)."
             )
-        for part, record in parts:
-            rebuild(part, record)
+        check_files(kwargs.get("checkpoint_files"))
         if parts:  # transformers may have handed us one part's entry; the parts keep their own, and the whole calls us the next time
             self.composed = True
         else:
-            rebuild(model, PatchRecord.from_dict(self.quantization_config.to_dict()))
+            parts = [(model, PatchRecord.from_dict(self.quantization_config.to_dict()))]
+        watch_loading(model, [site for part, record in parts for site in rebuild(part, record)])
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # From here on it is an ordinary model: Trainer, .half() and save_pretrained(state_dict=...) work as with any other.
-        for name in ("hf_quantizer", "quantization_method"):
-            if name in model.__dict__:
-                delattr(model, name)
+        for name in ("hf_quantizer", "quantization_method", WATCHED):
+            model.__dict__.pop(name, None)
         model.is_quantized = False  # type: ignore[assignment]
         config = model.config
         config.quantization_config = dict(COMPOSED) if self.composed else get_record(model, "load the KAN checkpoint").to_dict()  # type: ignore[union-attr]
@@ -79,8 +79,8 @@ class KANQuantizer(HfQuantizer):
         for block in model.modules():
             if isinstance(block, KANFeedForward | KANExperts):
                 block.train(model.training)
+                clear_sentinels(block)
             if isinstance(block, KANExperts):
-                freeze_sentinels(block)
                 _align(block)
         return model
 
@@ -120,13 +120,40 @@ def _sparing(conversion: Any) -> Any:
     return conversion.copy([rf"(?<!kan){pattern}" for pattern in patterns], list(conversion.target_patterns))
 
 
-def rebuild(model: nn.Module, record: PatchRecord) -> None:
-    """Swaps empty KAN-FFNs into a freshly built, unpatched model (on the meta device as a rule).
+def rebuild(model: nn.Module, record: PatchRecord) -> list[Site]:
+    """Swaps empty KAN-FFNs into a freshly built, unpatched model (on the meta device as a rule), and says where.
 
     Raises:
         CheckpointError: a recorded block is not in this model class, or has another shape.
     """
-    pairs = [(site, _empty(site, entry)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    pairs = empty_blocks(model, record)
+    put_in(model, pairs, record)
+    return [site for site, _ in pairs]
+
+
+def empty_blocks(model: nn.Module, record: PatchRecord) -> list[tuple[Site, KANModule]]:
+    """The places of the recorded blocks in an unpatched model, and the KAN-FFNs for them without numbers; the model is not touched.
+
+    Raises:
+        CheckpointError: as `rebuild`.
+    """
+    try:
+        pairs = [(site, _empty(site, entry)) for entry, site in ((entry, _locate(model, entry)) for entry in record.sites)]
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever numbers from a file do to torch
+        raise CheckpointError(
+            ACTION,
+            subject=type(model).__name__,
+            got=f"blocks in config.json that cannot be built ({short(error)})",
+            hint="The file is damaged, or was written by hand.",
+        ) from error
+    check_unique([site for site, _ in pairs])
+    return pairs
+
+
+def put_in(model: nn.Module, pairs: list[tuple[Site, KANModule]], record: PatchRecord) -> None:
+    """Swaps the blocks in and forgets what stood there."""
     swap(model, pairs, record)
     record.undo, record.attributes = [], []
     set_record(model, record)
@@ -140,19 +167,12 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
     for path in (join(prefix, owner), owner):
         if path in modules:
             site = Site(model, path, entry.spec)
-            problem = site.problem()
-            if problem is None:
-                return site
-            raise CheckpointError(
-                "load the KAN checkpoint",
-                subject=f"{type(model).__name__}, {path}",
-                got=f"a block that {problem}",
-                expected=f"a block as described by the spec {entry.spec.name!r}",
-            )
+            check_site(site)
+            return site
     raise CheckpointError(
-        "load the KAN checkpoint",
+        ACTION,
         subject=type(model).__name__,
-        got=f"no module at {entry.path}",
+        got=f"no module at {short(entry.path)}",
         hint="config.json and this model class do not fit together; load it with the class it was saved from.",
     )
 
@@ -160,10 +180,10 @@ def _locate(model: nn.Module, entry: SiteRecord) -> Site:
 def _empty(site: Site, entry: SiteRecord) -> KANModule:
     denses = site.denses()
     dense = denses[0]
-    if dense.hidden_features != entry.mlp_hidden:
-        raise CheckpointError(
-            "load the KAN checkpoint", subject=site.path, got=f"an MLP of width {dense.hidden_features} in config.json", expected=f"{entry.mlp_hidden}"
-        )
+    mlp = (dense.hidden_features, dense.down_bias is not None)
+    if mlp != (entry.mlp_hidden, entry.mlp_down_bias):
+        wrong = f"an MLP of width {entry.mlp_hidden}, {'with' if entry.mlp_down_bias else 'without'} a bias behind it, in config.json"
+        raise CheckpointError(ACTION, subject=site.path, got=wrong, expected=f"{mlp[0]}, {'with' if mlp[1] else 'without'}")
     with torch.device(dense.up_weight.device):
         return assemble(site, [empty_block(each, entry.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
 

@@ -41,12 +41,26 @@ def add_sentinel(block: nn.Module, spec: FFNSpec) -> None:
     holder.add_module(last, Sentinel(device))
 
 
-def freeze_sentinels(experts: KANExperts) -> None:
-    """Loading makes every floating parameter a trained one; these never are."""
-    inside = {parameter for child in (experts.kan_experts, experts.expert_norm) if child is not None for parameter in child.parameters()}
-    for parameter in experts.parameters():
-        if parameter not in inside:
-            parameter.requires_grad_(False)
+def sentinel_names(spec: FFNSpec) -> list[str]:
+    """Names of the tensors that `add_sentinel` makes, seen from the block."""
+    if spec.experts:
+        return [path for path in (spec.gate, spec.up) if path]
+    return [f"{spec.sentinel}.weight" if spec.sentinel else "weight"]
+
+
+def clear_sentinels(block: nn.Module) -> None:
+    """Sets the tensors to zero again, untrained: where transformers fuses native weights on saving they do not come back as they were, and loading
+    makes every parameter a trained one."""
+    ours = [child for name, child in block.named_children() if name.startswith("kan_") or name == "expert_norm"]
+    inside = {id(tensor) for child in ours for tensor in (*child.parameters(), *child.buffers())}
+    if isinstance(block, KANExperts):
+        for parameter in block.parameters():
+            if id(parameter) not in inside:
+                parameter.requires_grad_(False).zero_()
+        return
+    for module in block.modules():
+        if isinstance(module, Sentinel) or (module is block and "weight" in module._buffers):
+            module.weight.zero_()  # type: ignore[union-attr,operator]
 
 
 def _holder(block: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -90,6 +90,9 @@ class FFNSpec:
             good = all(isinstance(item, str) for item in value) if key == "identities" and isinstance(value, tuple) else isinstance(value, str)
             if not (good or (optional and value is None)):
                 raise ConfigError("read a feed-forward spec", subject=key, got=repr(value), expected="a list of texts" if key == "identities" else "a text")
+        for key, choices in (("fused", ("gate_first", "up_first")), ("residual", ("yes",))):
+            if plain.get(key) not in (None, *choices):
+                raise ConfigError("read a feed-forward spec", subject=key, got=repr(plain[key]), expected=f"None or one of {', '.join(choices)}")
         try:
             return cls(**plain)
         except TypeError as error:

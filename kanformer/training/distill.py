@@ -266,6 +266,7 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         accelerator.wait_for_everyone()
         stored = TeacherStates(path, train_examples)
     task = DistillTask(distiller, student, tokenizer, train_examples, held_examples, arguments.per_device_eval_batch_size, stored)
+    task.base = arguments.teacher_name_or_path
     if arguments.local_weight:
         task.measure_scale()
     before = task.evaluate()

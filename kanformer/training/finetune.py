@@ -58,6 +58,7 @@ class TextTask(Task):
     ) -> None:
         self.module, self.model, self.tokenizer = module, module.model, tokenizer
         self.train, self.held, self.arguments, self.classes = train, held, arguments, classes
+        self.base = arguments.model_name_or_path
         self.examples = len(train)
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
+from kanformer.surgery.hub import save_pretrained
 from kanformer.surgery.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import complete_checkpoints, drop_old, reason, replace_file, write_folder
@@ -49,6 +51,7 @@ class Task(ABC):
     module: nn.Module  # forward(batch) -> (loss summed over items, {name: summed metric})
     model: nn.Module  # what is saved
     tokenizer: Any
+    base: str | None = None  # what was patched, or came from it: for the model card
     examples: int  # number of training examples
     lengths: list[int] | None = None  # their tokens, where grouping by length saves padding
 
@@ -253,9 +256,15 @@ class Trainer:
         self.task.model.save_pretrained(folder)  # type: ignore[operator]
         self.task.tokenizer.save_pretrained(folder)
 
+    def _save_final(self, folder: Path) -> None:
+        card = self.output_dir / "model" / "README.md"
+        if card.is_file():  # of a run that is finished a second time: somebody may have written into it
+            shutil.copyfile(card, folder / card.name)
+        save_pretrained(self.task.model, folder, tokenizer=self.task.tokenizer, base_model=self.task.base)
+
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
-            write_folder(self.output_dir / "model", self._save_model)
+            write_folder(self.output_dir / "model", self._save_final)
             replace_file(self.output_dir / _RESULTS, json.dumps(self.results, indent=2))
         self.accelerator.wait_for_everyone()
 
