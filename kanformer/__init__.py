@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kanformer.surgery import register as _register
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "KANConfig": "kanformer.config",

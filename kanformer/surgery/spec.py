@@ -7,6 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kanformer.errors import ConfigError, did_you_mean
+from kanformer.surgery.products import PRODUCTS
+
+_CHOICES = {
+    "fused": ("gate_first", "up_first", "interleaved"),
+    "residual": ("yes",),
+    "product": tuple(PRODUCTS),
+    "experts": ("routed", "sorted", "weighted", "identities"),
+    "transposed": ("yes", "down"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,9 @@ class FFNSpec:
         residual: "yes" if the block's forward takes a second tensor and adds it to its output.
         product: for a gated block, how the factors are bounded before they are multiplied, a name of `kanformer.surgery.products`; None: act(gate) * up.
         input_norm, hidden_norm: paths to modules before the first maps, and between the hidden channels and the down map.
-        experts: for a module whose parameters at `up` and `down` hold the weights of all experts, how it is called, see `KANExperts`.
-        transposed: "yes" if those parameters are (experts, in, out) instead of (experts, out, in).
+        experts: for a module whose parameters at `up` and `down` hold the weights of all experts, how it is called: "routed", "sorted" or "weighted", see
+            `KANExperts`, or "identities" for routed with identities beyond the last expert.
+        transposed: "yes" if those parameters are (experts, in, out) instead of (experts, out, in), "down" if the one at `down` alone is.
         expert_norm: path to a module that each expert's output goes through before it is weighted.
     """
 
@@ -90,7 +100,7 @@ class FFNSpec:
             good = all(isinstance(item, str) for item in value) if key == "identities" and isinstance(value, tuple) else isinstance(value, str)
             if not (good or (optional and value is None)):
                 raise ConfigError("read a feed-forward spec", subject=key, got=repr(value), expected="a list of texts" if key == "identities" else "a text")
-        for key, choices in (("fused", ("gate_first", "up_first")), ("residual", ("yes",))):
+        for key, choices in _CHOICES.items():
             if plain.get(key) not in (None, *choices):
                 raise ConfigError("read a feed-forward spec", subject=key, got=repr(plain[key]), expected=f"None or one of {', '.join(choices)}")
         try:
