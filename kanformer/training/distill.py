@@ -245,14 +245,6 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     teacher.to(accelerator.device)
     blocks = {path: module for path, module in student.named_modules() if isinstance(module, KANFeedForward)}
     sites = teacher_sites(teacher, student, get_record(student, "distil"))
-    experts = next((site.path for site in sites if site.spec.experts), None)
-    if experts is not None:
-        raise ConfigError(
-            "distil",
-            subject=experts,
-            got="the experts of a mixture, which see different tokens in teacher and student",
-            hint="Patch without them (exclude_modules), or train the patched model with scripts/finetune.py.",
-        )
     _freeze(student, blocks.values(), arguments.train_rest)
     chosen = [blocks[site.path] for site in sites]
     distiller = Distiller(teacher, student, sites, chosen, arguments.local_weight, arguments.hidden_weight).to(accelerator.device)

@@ -57,8 +57,16 @@ def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -
     """The teacher's blocks that the student replaced, in the student's order.
 
     Raises:
-        SurgeryError: the teacher has no such block, or one of another width.
+        SurgeryError: the teacher has no such block, or one of another width; or a block holds the experts of a mixture.
     """
+    experts = next((entry.path for entry in record.sites if entry.spec.experts), None)
+    if experts is not None:
+        raise SurgeryError(
+            "distil",
+            subject=experts,
+            got="the experts of a mixture, which see different tokens in teacher and student",
+            hint="Patch without them (experts='exclude'), or train the patched model with scripts/finetune.py.",
+        )
     specs = list(dict.fromkeys(entry.spec for entry in record.sites))
     by_path = {relative_path(teacher, site.path): site for site in find_sites(teacher, specs)}
     sites = []
