@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import kanformer
 from kanformer.errors import CheckpointError, ConfigError, KanformerError, SurgeryError
-from model_cases import BY_NAME, blocks, disturb, each_dtype, one_case_of_each, same_state, snapshot
+from model_cases import BY_NAME, Case, blocks, disturb, each_dtype, one_case_of_each, same_state, snapshot
 
 BERT = BY_NAME["bert"]
 WEIGHTS, INFO = "kan_delta.safetensors", "kanformer.json"
@@ -59,6 +59,17 @@ def test_a_delta_on_its_base_is_the_whole_model_bit_for_bit(case, dtype, tmp_pat
     loaded.save_pretrained(tmp_path / "whole")
     assert same_state(snapshot(getattr(tf, case.auto_class).from_pretrained(tmp_path / "whole")), snapshot(model))
     assert str(kanformer.compare(loaded)) == str(kanformer.compare(model))
+
+
+@pytest.mark.parametrize("config", [tf.MixtralConfig, tf.GptOssConfig], ids=["mixtral", "gpt_oss"])
+def test_experts_and_their_factors_come_back(config, tmp_path):
+    case = Case("experts", "experts", "AutoModelForCausalLM", config, {**BY_NAME["llama"].values, "num_local_experts": 4, "num_experts_per_tok": 2})
+    base = base_of(case, tmp_path / "base")
+    model = patched(case, base)
+    kanformer.save_delta(model, tmp_path / "delta")
+    kanformer.save_pretrained(model, tmp_path / "whole")
+    for loaded in (kanformer.load_delta(tmp_path / "delta"), tf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        assert same_state(snapshot(loaded), snapshot(model)) and torch.equal(case.logits(loaded), case.logits(model))
 
 
 def test_other_edges_other_places_and_a_base_that_moved(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -94,13 +95,23 @@ class TestCard:
             kanformer.save_pretrained(BY_NAME["bert"].build(), tmp_path / "a")
         with pytest.raises(ConfigError, match="push_to_hub=True.*upload_folder"):
             kanformer.save_pretrained(patched(), tmp_path / "a", push_to_hub=True)
-        parts = [tf.BertModel(BY_NAME["bert"].config(**BY_NAME["bert"].values, **extra)) for extra in ({}, {"is_decoder": True, "add_cross_attention": True})]
-        whole = tf.EncoderDecoderModel(encoder=parts[0], decoder=tf.BertLMHeadModel(parts[1].config))
-        kanformer.patch_model(whole.encoder)
-        for save in (kanformer.save_pretrained, kanformer.save_delta):
-            with pytest.raises(SurgeryError, match="a part was patched"):
-                save(whole, tmp_path / "a")
+        wrapper = torch.nn.Sequential(patched())
+        with pytest.raises(SurgeryError, match="knows nothing of the patch"):
+            kanformer.save_pretrained(wrapper, tmp_path / "a")
         assert not (tmp_path / "a").exists()
+
+    def test_a_model_of_parts_that_were_patched_by_themselves_loads_by_itself(self, tmp_path):
+        values = BY_NAME["bert"].values
+        encoder = kanformer.patch_model(tf.BertModel(tf.BertConfig(**values)), layers_to_transform=[0])
+        decoder = tf.BertLMHeadModel(tf.BertConfig(**values, is_decoder=True, add_cross_attention=True))
+        for place, model in (("one", decoder), ("both", kanformer.patch_model(copy.deepcopy(decoder), edges="full", grid_size=2))):
+            whole = disturb(tf.EncoderDecoderModel(encoder=copy.deepcopy(encoder), decoder=model)).eval()
+            kanformer.save_pretrained(whole, tmp_path / place)
+            assert same_state(snapshot(tf.EncoderDecoderModel.from_pretrained(tmp_path / place)), snapshot(whole))
+            settings = (tmp_path / place / "README.md").read_text().split("```yaml\n")[1:]
+            assert [yaml.safe_load(text.split("```")[0])["edges"] for text in settings] == {"one": ["shared"], "both": ["shared", "full"]}[place]
+            with pytest.raises(SurgeryError, match="a part was patched by itself"):
+                kanformer.save_delta(whole, tmp_path / "delta")
 
     def test_options_of_save_pretrained_pass_through(self, tmp_path):
         kanformer.save_pretrained(patched(), tmp_path, max_shard_size="20KB", model_card=False)

@@ -14,7 +14,7 @@ from kanformer.errors import CheckpointError
 from kanformer.surgery.auto_classes import own_auto_class
 from kanformer.surgery.compare import Comparison, compare
 from kanformer.surgery.folders import replace_file
-from kanformer.surgery.record import get_record
+from kanformer.surgery.record import get_records
 
 _CARD = "README.md"
 _MARK = re.compile(r"<!-- kanformer card ([0-9a-f]{16}): written anew at every save until somebody edits it -->\n")
@@ -46,8 +46,8 @@ def card(model: nn.Module, base_model: str | None = None, *, remote_code: bool =
     base = named_in_card(Path(base_model)) or base_model if base_model else base_name(model)
     hub_id = base if base and is_hub_id(base) else None
     front = {**({"base_model": hub_id} if hub_id else {}), "library_name": "transformers", "tags": ["kan", "kanformer"]}
-    record = get_record(model, "write a model card").to_dict()
-    settings = record["configs"] if "configs" in record else [record["config"]]
+    records = get_records(model, "write a model card")
+    settings = dict.fromkeys(site.config for _, record in records for site in record.sites)
     counts = compare(model)
     named = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{Path(base).name}`" if base else "a model of transformers"
     auto, trust = own_auto_class(model), ", trust_remote_code=True" if remote_code else ""
@@ -62,7 +62,7 @@ def card(model: nn.Module, base_model: str | None = None, *, remote_code: bool =
         f"```python\n{code}```\n",
         "Without kanformer loading stops with an error about a tensor of mismatched size.\n",
         "## Settings\n",
-        *(f"```yaml\n{yaml.safe_dump(values, sort_keys=False)}```\n" for values in settings),
+        *(f"```yaml\n{yaml.safe_dump(config.to_dict(), sort_keys=False)}```\n" for config in settings),
         f"## Parameters\n\n{_table(counts)}\n",
         _totals(counts),
     ]

@@ -17,10 +17,9 @@ from kanformer.surgery.base_model import fingerprint, load_base, plain_config, s
 from kanformer.surgery.card import base_name
 from kanformer.surgery.delta_info import INFO, VERSION, DeltaInfo
 from kanformer.surgery.folders import MARKER, write_folder
-from kanformer.surgery.hub import saved_record
 from kanformer.surgery.modules import join
 from kanformer.surgery.persist import empty_blocks, put_in, rebuild
-from kanformer.surgery.record import PatchRecord
+from kanformer.surgery.record import PatchRecord, get_records
 from kanformer.surgery.verify import check_files, short, some
 
 _WEIGHTS = "kan_delta.safetensors"
@@ -42,7 +41,9 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base_model: str | nn
         CheckpointError: the base cannot be read or is another model, the folder holds other files, or it cannot be written.
     """
     action = "save the KAN part"
-    record = saved_record(model, action)
+    (holder, record), *more = get_records(model, action)
+    if holder is not model or more:
+        raise SurgeryError(action, subject=type(model).__name__, got="a model of which a part was patched by itself", hint="Save that part, or the whole.")
     folder = Path(folder)
     _check_folder(folder)
     source = base_model or base_name(model)
@@ -130,7 +131,9 @@ def _put_on(model: nn.Module, tensors: dict[str, Tensor], record: PatchRecord) -
     pairs = empty_blocks(model, record)
     for site, block in pairs:
         prefix, device = f"{site.path}.", next(block.parameters()).device
-        block.load_state_dict({name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)}, assign=True)
+        # A copy, as what lies unaligned in a mapped file can round otherwise.
+        own = {name.removeprefix(prefix): tensor.to(device, copy=True) for name, tensor in tensors.items() if name.startswith(prefix)}
+        block.load_state_dict(own, assign=True)
         block.train(model.training)
     put_in(model, pairs, record)
     state, blocks = model.state_dict(), _below_blocks(model)

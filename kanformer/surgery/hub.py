@@ -10,7 +10,8 @@ from torch import nn
 
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.surgery.card import write_card
-from kanformer.surgery.record import PatchRecord, get_record
+from kanformer.surgery.holders import needs_call, recorded_parts
+from kanformer.surgery.record import COMPOSED, get_records
 from kanformer.surgery.remote_code import write_remote_code
 
 
@@ -39,7 +40,7 @@ def save_pretrained(
         SurgeryError: the model is not patched, or of a class that config.json cannot describe. ConfigError: push_to_hub. CheckpointError: a file that
         cannot be written.
     """
-    saved_record(model, "save")
+    _prepare_config(model)
     if kwargs.get("push_to_hub"):
         raise ConfigError("save", got="push_to_hub=True", hint="Save first, then huggingface_hub.upload_folder(folder_path=folder, repo_id=...).")
     folder = Path(folder)
@@ -54,15 +55,13 @@ def save_pretrained(
         write_card(model, folder, base_model, remote_code=remote_code)
 
 
-def saved_record(model: nn.Module, action: str) -> PatchRecord:
-    """The record of a model whose config.json will carry it.
-
-    Raises:
-        SurgeryError: the model is not patched, or only a part of it was, of which its own config does not know.
-    """
-    record = get_record(model, action)
-    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+def _prepare_config(model: nn.Module) -> None:
+    """Makes sure that config.json will say that the model is patched, also where it is composed of parts that were patched by themselves."""
+    get_records(model, "save")
+    config: Any = getattr(model, "config", None)
+    if config is not None and needs_call(config):
+        config.quantization_config = dict(COMPOSED)
+    if getattr(config, "quantization_config", None) is None and not (config is not None and next(iter(recorded_parts(model)), None)):
         raise SurgeryError(
-            action, subject=type(model).__name__, got="a model of which a part was patched", hint="Patch and save that part, or patch the whole model."
+            "save", subject=type(model).__name__, got="a model whose config knows nothing of the patch", hint="Save the transformers model inside."
         )
-    return record
