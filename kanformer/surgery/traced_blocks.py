@@ -1,0 +1,183 @@
+"""Feed-forward blocks in a trace, found by what happens to values: maps d -> h, a nonlinearity or a product, a map h -> d."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kanformer.surgery.tracing import VIEWS, Trace, Value
+
+_PIECES = {"chunk", "split", "getitem", "narrow", "unbind", "select", "tensor_split", "split_with_sizes"}
+DROPOUTS = {"dropout", "alpha_dropout"}
+NONLINEAR = set(
+    "gelu gelu_tanh silu relu relu6 leaky_relu prelu rrelu elu celu selu softplus mish hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink tanh "
+    "sigmoid logsigmoid log_sigmoid softsign threshold erf exp expm1 log log1p pow square sqrt abs sin cos maximum minimum where sign heaviside glu".split()
+)
+_ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "neg", "clamp", "clip", "clamp_min", "clamp_max", "addcmul", "lerp"}
+_NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "normalize"}
+_MOMENTS = {"mean", "var", "std", "rsqrt", "norm", "pow", "square"}  # what norms are made of
+_REDUCED = {"mean", "sum", "amax", "max", "getitem", "select", "index", "index_select", "gather", "narrow", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+_ADDED = {"index_add", "scatter_add", "index_put", "setitem", "index_copy", "add", "sub", "addcmul", "baddbmm", "masked_scatter"}
+QUIET = VIEWS | _PIECES | DROPOUTS | {"float", "to"}
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """One block as it ran.
+
+    Attributes:
+        ups: the map, or the two maps, that read `x`. down: the map at the end.
+        between: every value from the maps to what `down` reads.
+        x: what the maps read. read: what `down` reads.
+    """
+
+    ups: tuple[Value, ...]
+    down: Value
+    between: tuple[Value, ...]
+    x: Value
+
+    @property
+    def read(self) -> Value:
+        return self.down.inputs[0]
+
+    @property
+    def hidden(self) -> int:
+        assert self.down.map
+        return self.down.map.in_features
+
+    @property
+    def fused(self) -> bool:
+        """Whether one map gives both factors."""
+        return len(self.ups) == 1 and self.ups[0].shape.numel() == 2 * self.read.shape.numel()
+
+    @property
+    def gated(self) -> bool:
+        return self.fused or len(self.ups) == 2
+
+    @property
+    def operations(self) -> list[str]:
+        """What happens between the maps, in order, without views, casts, pieces and dropouts."""
+        return [value.op for value in sorted(self.between, key=lambda value: value.number) if value.op not in QUIET]
+
+
+def traced_blocks(trace: Trace) -> Iterator[TracedBlock]:
+    """Every block in the order in which they ran; a block that ran several times comes each time."""
+    for down in trace.maps:
+        found = _behind(down.inputs[0])
+        if found is None:
+            continue
+        ups, between = found
+        block = TracedBlock(ups, down, between, base(ups[0].inputs[0])) if ups else None
+        if block is not None and _is_block(block):
+            yield block
+
+
+def base(value: Value) -> Value:
+    """The value before views, casts and dropouts."""
+    while (value.op in VIEWS or value.op in DROPOUTS) and value.inputs:
+        value = value.inputs[0]
+    return value
+
+
+def _behind(read: Value) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
+    """(the maps that a value is made of, all that lies between), or None if anything else goes into it."""
+    maps: dict[Value, None] = {}
+    seen: dict[Value, None] = {}
+    rest = [read]
+    while rest:
+        value = rest.pop()
+        if value in seen or value in maps or value.op == "constant":
+            continue
+        if value.map is not None:
+            maps[value] = None
+            if len(maps) > 2:
+                return None
+            continue
+        if value.op not in QUIET | NONLINEAR | _ARITHMETIC | _NORMS | _MOMENTS:
+            return None
+        seen[value] = None
+        rest += value.inputs
+    return tuple(sorted(maps, key=lambda value: value.number)), tuple(seen)
+
+
+def _is_block(block: TracedBlock) -> bool:
+    down, ups = block.down.map, [up.map for up in block.ups]
+    if down is None or any(up is None or up.in_features != down.out_features for up in ups) or any(base(up.inputs[0]) is not block.x for up in block.ups):
+        return False
+    widths = {up.out_features for up in ups if up}
+    if widths != {down.in_features} and not (len(ups) == 1 and widths == {2 * down.in_features}):
+        return False
+    if any((up.x.shape[0], up.y.shape[0]) != (down.x.shape[0], down.y.shape[0]) for up in ups if up):
+        return False
+    return any(value.op in NONLINEAR or (value.op == "mul" and sum(each.op != "constant" for each in value.inputs) > 1) for value in block.between)
+
+
+def why_no_block(block: TracedBlock) -> str | None:
+    """What the block's output is used for where it is not added to, or put in the place of, what the block reads: a gate, a head, a pooler."""
+    uses = _uses(block.down)
+    if "added" in uses:
+        return None
+    if "gate" in uses:
+        return "a gate: other values are multiplied by its output"
+    if "activated" in uses:
+        return "part of a deeper network: its output goes through another nonlinearity"
+    if _is_pooled(block.x):
+        return "a pooler or a head: it reads one value per sequence or image, and nothing is added to its output"
+    if not uses and not _reads_model_input(block.x):
+        return "a head: its output is the model's, and nothing is added to it"
+    return None
+
+
+def _uses(y: Value) -> set[str]:
+    """What becomes of a block's output: "added" to something, a "gate" of something, "activated", "used" by anything else; empty if it is only returned."""
+    found: set[str] = set()
+    seen: set[Value] = set()
+    rest = [y]
+    while rest:
+        value = rest.pop()
+        for user in dict.fromkeys(value.users):
+            if user in seen:
+                continue
+            seen.add(user)
+            others = [each for each in user.inputs if each is not value and each.op != "constant"]
+            if user.map is None and user.op in _ADDED and others:
+                found.add("added")
+            elif user.op in ("mul", "div") and any(_is_stream(each, value) for each in others):
+                found.add("gate")
+            elif user.map is None and user.op in QUIET | _NORMS | _ARITHMETIC | {"sum", "stack"}:
+                rest.append(user)
+            elif user.op in _MOMENTS:
+                continue  # a norm, whose product comes along the other way
+            else:
+                found.add("activated" if user.map is None and user.op in NONLINEAR else "used")
+    return found
+
+
+def _is_stream(other: Value, y: Value) -> bool:
+    """Whether a factor is what y is applied to, instead of the other way round: it is larger, or as large and no gate itself."""
+    return other.count > y.count or (other.count == y.count and base(other).op not in NONLINEAR)
+
+
+def _is_pooled(x: Value) -> bool:
+    """Whether rows were left out or averaged on the way to x, by the last operations before it."""
+    while x.map is None and x.inputs:
+        if x.op in _REDUCED and x.count < x.inputs[0].count:
+            return True
+        if x.op not in QUIET | _NORMS:
+            return False
+        x = x.inputs[0]
+    return False
+
+
+def _reads_model_input(x: Value) -> bool:
+    """Whether no map lies before x."""
+    seen: set[Value] = set()
+    rest = [x]
+    while rest:
+        value = rest.pop()
+        if value.map is not None:
+            return False
+        if value not in seen:
+            seen.add(value)
+            rest += value.inputs
+    return True
