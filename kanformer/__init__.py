@@ -19,6 +19,7 @@ _PUBLIC = {
     "SharedKANLinear": "kanformer.layers",
     "KANFeedForward": "kanformer.layers",
     "FFNSpec": "kanformer.surgery.spec",
+    "discover": "kanformer.surgery.discovery",
     "plan_surgery": "kanformer.surgery.plan",
     "patch_model": "kanformer.surgery.apply",
     "unpatch_model": "kanformer.surgery.restore",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare
+    from kanformer.surgery.discovery import discover
     from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
     from kanformer.surgery.plan import plan_surgery
     from kanformer.surgery.restore import unpatch_model

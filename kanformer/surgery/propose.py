@@ -183,9 +183,10 @@ class Proposer:
     def _nothing_fits(self) -> str:
         up, down = (str(below(self.paths[index], self.owner)) for index in (0, -1))
         operations = ", ".join(dict.fromkeys(self.block.operations))
+        holder = type(get_path(self.model, self.owner)).__name__
         if self.block.gated:
-            return f"what happens between {up} and {down} ({operations}) is not act(gate) * up in a module of its own"
-        return f"its layer itself does what happens between {up} and {down} ({operations}): give that a module of its own, such as self.act = nn.GELU()"
+            return f"{holder} does more than down(act(gate(x)) * up(x)) around {up} and {down} ({operations}): put that alone into a module of its own"
+        return f"{holder} itself computes {operations} between {up} and {down}: make that a module or a function of its own, such as self.act = nn.GELU()"
 
 
 def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -209,5 +210,3 @@ def key_of(model: nn.Module, block: TracedBlock) -> tuple[str, ...]:
     paths = [value.map.module for value in (*block.ups, block.down) if value.map]
     owner = owner_of(model, paths)
     return (type(get_path(model, owner)).__name__, *(str(below(path, owner)) for path in paths))
-
-

@@ -18,6 +18,7 @@ _NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm",
 _MOMENTS = {"mean", "var", "std", "rsqrt", "norm", "pow", "square"}  # what norms are made of
 _REDUCED = {"mean", "sum", "amax", "max", "getitem", "select", "index", "index_select", "gather", "narrow", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 _ADDED = {"index_add", "scatter_add", "index_put", "setitem", "index_copy", "add", "sub", "addcmul", "baddbmm", "masked_scatter"}
+_LIMITED = NONLINEAR - _MOMENTS | {"softmax", "log_softmax", "topk", "argmax", "cross_entropy"}
 QUIET = VIEWS | _PIECES | DROPOUTS | {"float", "to"}
 
 
@@ -109,7 +110,13 @@ def _is_block(block: TracedBlock) -> bool:
         return False
     if any((up.x.shape[0], up.y.shape[0]) != (down.x.shape[0], down.y.shape[0]) for up in ups if up):
         return False
-    return any(value.op in NONLINEAR or (value.op == "mul" and sum(each.op != "constant" for each in value.inputs) > 1) for value in block.between)
+    normed = any(value.op in ("mean", "var", "norm") for value in block.between)  # what is made of moments is a norm, and no nonlinearity of the block
+    for value in block.between:
+        if value.op in NONLINEAR and not (normed and value.op in _MOMENTS | {"sqrt", "abs"}):
+            return True
+        if value.op == "mul" and sum(each.op != "constant" for each in value.inputs) > 1 and not (normed and not block.gated):
+            return True
+    return False
 
 
 def why_no_block(block: TracedBlock) -> str | None:
@@ -119,8 +126,10 @@ def why_no_block(block: TracedBlock) -> str | None:
         return None
     if "gate" in uses:
         return "a gate: other values are multiplied by its output"
-    if "activated" in uses:
-        return "part of a deeper network: its output goes through another nonlinearity"
+    if uses & _LIMITED:
+        return f"a gate, a router or part of a deeper network: its output goes through {', '.join(sorted(uses & _LIMITED))}"
+    if block.x.op in _LIMITED and any(each.map is not None for each in map(base, block.x.inputs)):
+        return f"part of a deeper network: its input comes from {block.x.op} of another map"
     if _is_pooled(block.x):
         return "a pooler or a head: it reads one value per sequence or image, and nothing is added to its output"
     if not uses and not _reads_model_input(block.x):
@@ -129,7 +138,8 @@ def why_no_block(block: TracedBlock) -> str | None:
 
 
 def _uses(y: Value) -> set[str]:
-    """What becomes of a block's output: "added" to something, a "gate" of something, "activated", "used" by anything else; empty if it is only returned."""
+    """What becomes of a block's output: "added" to something, a "gate" of something, the names of nonlinearities that read it, "used" by anything else;
+    empty if it is only returned."""
     found: set[str] = set()
     seen: set[Value] = set()
     rest = [y]
@@ -149,7 +159,7 @@ def _uses(y: Value) -> set[str]:
             elif user.op in _MOMENTS:
                 continue  # a norm, whose product comes along the other way
             else:
-                found.add("activated" if user.map is None and user.op in NONLINEAR else "used")
+                found.add(user.op if user.map is None and user.op in _LIMITED else "used")
     return found
 
 
