@@ -15,10 +15,11 @@ from kanformer.surgery.discovery_text import discovery_text
 from kanformer.surgery.modules import get_path
 from kanformer.surgery.patchable import check_patchable
 from kanformer.surgery.plan import SurgeryPlan, plan_surgery
-from kanformer.surgery.propose import Proposer, key_of
+from kanformer.surgery.propose import Proposer
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 from kanformer.surgery.traced_blocks import TracedBlock, traced_blocks, why_no_block
+from kanformer.surgery.traced_parts import key_of
 from kanformer.surgery.tracing import trace_model
 from kanformer.surgery.trial import Trial
 

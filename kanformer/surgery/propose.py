@@ -15,8 +15,8 @@ from kanformer.surgery.check import disagreement
 from kanformer.surgery.modules import get_path, join
 from kanformer.surgery.products import possible_products
 from kanformer.surgery.sites import Site
-from kanformer.surgery.spec import FFNSpec
-from kanformer.surgery.traced_blocks import TracedBlock, base
+from kanformer.surgery.spec import FFNSpec, spec_name
+from kanformer.surgery.traced_blocks import TracedBlock
 from kanformer.surgery.traced_parts import (
     Dropout,
     activations,
@@ -29,6 +29,7 @@ from kanformer.surgery.traced_parts import (
     owner_of,
 )
 from kanformer.surgery.tracing import Trace
+from kanformer.surgery.values import base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +100,12 @@ class Proposer:
     def _candidates(self) -> Iterator[tuple[str, FFNSpec]]:
         for activation in activations(self.model, self.trace, self.block):
             owner = self.owner if activation.startswith("=") else owner_of(self.model, [*self.paths, activation])
-            inner = [below(path, owner) for path in (*self.paths, activation)]
-            name = activation if activation.startswith("=") else inner[-1]
-            for maps in self._roles([str(path) for path in inner[:-1]]):
+            inner = [str(below(path, owner)) for path in self.paths]
+            name = activation if activation.startswith("=") else below(activation, owner)
+            for maps in self._roles(inner):
                 for norm in (*self.norms, None):
                     spec = FFNSpec(
-                        name=_kebab(type(get_path(self.model, owner)).__name__),
+                        name=spec_name(type(get_path(self.model, owner)).__name__),
                         owner=re.escape(type(get_path(self.model, owner)).__name__),
                         activation=str(name),
                         hidden_norm=below(norm, owner) if norm else None,
@@ -113,7 +114,7 @@ class Proposer:
                     yield from ((owner, each) for each in self._structures(owner, spec))
 
     def _roles(self, paths: list[str]) -> Iterator[dict[str, Any]]:
-        *ups, down = paths
+        ups, down = paths[:-1], paths[-1]
         if len(ups) == 2:
             yield from ({"gate": gate, "up": up, "down": down} for gate, up in (ups, ups[::-1]))
         elif self.block.fused:
@@ -198,15 +199,3 @@ def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def _get(model: nn.Module, owner: str, activation: str) -> Any:
     return None if activation.startswith("=") else get_path(model, join(owner, activation))
-
-
-def _kebab(name: str) -> str:
-    """MyLittleMLP -> my-little-mlp."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower().replace("_", "-")
-
-
-def key_of(model: nn.Module, block: TracedBlock) -> tuple[str, ...]:
-    """What blocks of one kind share: the class that holds the maps, and where they lie in it."""
-    paths = [value.map.module for value in (*block.ups, block.down) if value.map]
-    owner = owner_of(model, paths)
-    return (type(get_path(model, owner)).__name__, *(str(below(path, owner)) for path in paths))

@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kanformer.surgery.tracing import VIEWS, Trace, Value
-
-_PIECES = {"chunk", "split", "getitem", "narrow", "unbind", "select", "tensor_split", "split_with_sizes"}
-DROPOUTS = {"dropout", "alpha_dropout"}
-NONLINEAR = set(
-    "gelu gelu_tanh silu relu relu6 leaky_relu prelu rrelu elu celu selu softplus mish hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink tanh "
-    "sigmoid logsigmoid log_sigmoid softsign threshold erf exp expm1 log log1p pow square sqrt abs sin cos maximum minimum where sign heaviside glu".split()
-)
-_ARITHMETIC = {"mul", "div", "add", "sub", "rsub", "neg", "clamp", "clip", "clamp_min", "clamp_max", "addcmul", "lerp"}
-_NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "normalize"}
-_MOMENTS = {"mean", "var", "std", "rsqrt", "norm", "pow", "square"}  # what norms are made of
-_REDUCED = {"mean", "sum", "amax", "max", "getitem", "select", "index", "index_select", "gather", "narrow", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
-_ADDED = {"index_add", "scatter_add", "index_put", "setitem", "index_copy", "add", "sub", "addcmul", "baddbmm", "masked_scatter"}
-_LIMITED = NONLINEAR - _MOMENTS | {"softmax", "log_softmax", "topk", "argmax", "cross_entropy"}
-QUIET = VIEWS | _PIECES | DROPOUTS | {"float", "to"}
+from kanformer.surgery.operations import ADDED, ARITHMETIC, LIMITED, MOMENTS, NONLINEAR, NORMS, QUIET, REDUCED
+from kanformer.surgery.tracing import Trace
+from kanformer.surgery.values import Value, base
 
 
 @dataclass(frozen=True)
@@ -73,13 +61,6 @@ def traced_blocks(trace: Trace) -> Iterator[TracedBlock]:
             yield block
 
 
-def base(value: Value) -> Value:
-    """The value before views, casts and dropouts."""
-    while (value.op in VIEWS or value.op in DROPOUTS) and value.inputs:
-        value = value.inputs[0]
-    return value
-
-
 def _behind(read: Value) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
     """(the maps that a value is made of, all that lies between), or None if anything else goes into it."""
     maps: dict[Value, None] = {}
@@ -94,7 +75,7 @@ def _behind(read: Value) -> tuple[tuple[Value, ...], tuple[Value, ...]] | None:
             if len(maps) > 2:
                 return None
             continue
-        if value.op not in QUIET | NONLINEAR | _ARITHMETIC | _NORMS | _MOMENTS:
+        if value.op not in QUIET | NONLINEAR | ARITHMETIC | NORMS | MOMENTS:
             return None
         seen[value] = None
         rest += value.inputs
@@ -112,7 +93,7 @@ def _is_block(block: TracedBlock) -> bool:
         return False
     normed = any(value.op in ("mean", "var", "norm") for value in block.between)  # what is made of moments is a norm, and no nonlinearity of the block
     for value in block.between:
-        if value.op in NONLINEAR and not (normed and value.op in _MOMENTS | {"sqrt", "abs"}):
+        if value.op in NONLINEAR and not (normed and value.op in MOMENTS | {"sqrt", "abs"}):
             return True
         if value.op == "mul" and sum(each.op != "constant" for each in value.inputs) > 1 and not (normed and not block.gated):
             return True
@@ -126,9 +107,9 @@ def why_no_block(block: TracedBlock) -> str | None:
         return None
     if "gate" in uses:
         return "a gate: other values are multiplied by its output"
-    if uses & _LIMITED:
-        return f"a gate, a router or part of a deeper network: its output goes through {', '.join(sorted(uses & _LIMITED))}"
-    if block.x.op in _LIMITED and any(each.map is not None for each in map(base, block.x.inputs)):
+    if uses & LIMITED:
+        return f"a gate, a router or part of a deeper network: its output goes through {', '.join(sorted(uses & LIMITED))}"
+    if block.x.op in LIMITED and any(each.map is not None for each in map(base, block.x.inputs)):
         return f"part of a deeper network: its input comes from {block.x.op} of another map"
     if _is_pooled(block.x):
         return "a pooler or a head: it reads one value per sequence or image, and nothing is added to its output"
@@ -150,16 +131,16 @@ def _uses(y: Value) -> set[str]:
                 continue
             seen.add(user)
             others = [each for each in user.inputs if each is not value and each.op != "constant"]
-            if user.map is None and user.op in _ADDED and others:
+            if user.map is None and user.op in ADDED and others:
                 found.add("added")
             elif user.op in ("mul", "div") and any(_is_stream(each, value) for each in others):
                 found.add("gate")
-            elif user.map is None and user.op in QUIET | _NORMS | _ARITHMETIC | {"sum", "stack"}:
+            elif user.map is None and user.op in QUIET | NORMS | ARITHMETIC | {"sum", "stack"}:
                 rest.append(user)
-            elif user.op in _MOMENTS:
+            elif user.op in MOMENTS:
                 continue  # a norm, whose product comes along the other way
             else:
-                found.add(user.op if user.map is None and user.op in _LIMITED else "used")
+                found.add(user.op if user.map is None and user.op in LIMITED else "used")
     return found
 
 
@@ -171,9 +152,9 @@ def _is_stream(other: Value, y: Value) -> bool:
 def _is_pooled(x: Value) -> bool:
     """Whether rows were left out or averaged on the way to x, by the last operations before it."""
     while x.map is None and x.inputs:
-        if x.op in _REDUCED and x.count < x.inputs[0].count:
+        if x.op in REDUCED and x.count < x.inputs[0].count:
             return True
-        if x.op not in QUIET | _NORMS:
+        if x.op not in QUIET | NORMS:
             return False
         x = x.inputs[0]
     return False

@@ -12,9 +12,11 @@ from torch import nn
 
 from kanformer.layers.base_functions import NAMES
 from kanformer.surgery.modules import get_path, join
+from kanformer.surgery.operations import DROPOUTS, QUIET
 from kanformer.surgery.source import calls_of
-from kanformer.surgery.traced_blocks import DROPOUTS, QUIET, TracedBlock, base
-from kanformer.surgery.tracing import Call, Recorder, Trace, Value
+from kanformer.surgery.traced_blocks import TracedBlock
+from kanformer.surgery.tracing import Recorder, Trace
+from kanformer.surgery.values import Call, Value, base
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -145,3 +147,10 @@ def operations_of(activation: Any) -> list[str]:
     with torch.no_grad(), Recorder(trace):
         activation(torch.ones(2, 4))
     return [value.op for value in trace.values if value.op not in QUIET]
+
+
+def key_of(model: nn.Module, block: TracedBlock) -> tuple[str, ...]:
+    """What blocks of one kind share: the class that holds the maps, and where they lie in it."""
+    paths = [value.map.module for value in (*block.ups, block.down) if value.map]
+    owner = owner_of(model, paths)
+    return (type(get_path(model, owner)).__name__, *(str(below(path, owner)) for path in paths))

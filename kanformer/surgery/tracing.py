@@ -3,77 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kanformer.conversion.batches import run_batches
+from kanformer.surgery.operations import TURNS, VIEWS, operation
+from kanformer.surgery.values import Call, MapUse, Value, rows
 
-TURNS = {"t", "T", "mT", "transpose", "permute", "swapaxes", "swapdims", "movedim", "adjoint"}
-VIEWS = TURNS | set(
-    "view reshape flatten unflatten contiguous clone to type type_as float half bfloat16 double squeeze unsqueeze detach alias view_as reshape_as data "
-    "expand expand_as rearrange".split()
-)
 _PRODUCTS = {"linear", "addmm", "matmul", "mm", "rmatmul", "conv1d", "conv2d"}
-_ROWS = 8
-
-
-@dataclass(frozen=True)
-class MapUse:
-    """One product of a value with a parameter.
-
-    Attributes:
-        module, name: path of the module that holds the parameter, and the parameter's name in it.
-        in_features, out_features: the widths of the map.
-        x, y: rows of what went in and what came out, (rows, width).
-    """
-
-    module: str
-    name: str
-    in_features: int
-    out_features: int
-    x: Tensor
-    y: Tensor
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor of the forward, without its numbers.
-
-    Attributes:
-        op: the operation that made it; "input" where none was seen, "constant" for parameters, buffers, single numbers and what is made of them.
-        where: path of the innermost module at work. number: a count of operations.
-        parameter: (module path, name, whether it is transposed) of a parameter or a view of one.
-        map: for the product of a value with a parameter; `inputs` is then that value.
-        probability: of a dropout, the very object that was passed.
-    """
-
-    op: str
-    inputs: tuple[Value, ...]
-    shape: torch.Size
-    where: str = ""
-    number: int = 0
-    parameter: tuple[str, str, bool] | None = None
-    map: MapUse | None = None
-    probability: Any = None
-    users: list[Value] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        return self.shape.numel()
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: the tensors that it was given, in order, and those that it returned."""
-
-    path: str
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
 
 
 class Trace:
@@ -155,25 +95,6 @@ class Trace:
                 value.map = MapUse(old.module, old.name, old.in_features, old.out_features, old.x, rows(result, -1))
 
 
-def operation(function: Callable, kwargs: Mapping[str, Any]) -> str:
-    """The plain name of a torch function: "add" for x + y, torch.add, x.add_(y) and x += y."""
-    name = getattr(function, "__name__", type(function).__name__)
-    if name == "__get__":
-        return getattr(getattr(function, "__self__", None), "__name__", name)
-    name = name.strip("_")
-    if name.startswith(("i", "r")) and name[1:] in ("add", "mul", "sub", "truediv", "div", "pow"):
-        name = name[1:]
-    if name == "gelu" and kwargs.get("approximate") == "tanh":
-        return "gelu_tanh"
-    return {"truediv": "div", "feature_dropout": "dropout", "multiply": "mul"}.get(name, name)
-
-
-def rows(tensor: Tensor, channel: int) -> Tensor:
-    """Some rows (rows, width) of a tensor whose channels are this dimension."""
-    flat = tensor.detach().movedim(channel, -1).flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
-    return flat[torch.linspace(0, max(flat.shape[0] - 1, 0), min(_ROWS, flat.shape[0])).long().to(flat.device)].clone()
-
-
 def tensors(values: Any) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and mappings."""
     if isinstance(values, Tensor):
@@ -218,7 +139,7 @@ def trace_model(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
             handles.append(module.register_forward_pre_hook(enter(path), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         with Recorder(trace):
-            run_batches(model, batch)
+            run_batches(model, [batch])
     finally:
         for handle in handles:
             handle.remove()
