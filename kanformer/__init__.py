@@ -19,6 +19,7 @@ _PUBLIC = {
     "SharedKANLinear": "kanformer.layers",
     "KANFeedForward": "kanformer.layers",
     "FFNSpec": "kanformer.surgery.spec",
+    "discover": "kanformer.surgery.discovery",
     "plan_surgery": "kanformer.surgery.plan",
     "patch_model": "kanformer.surgery.apply",
     "unpatch_model": "kanformer.surgery.restore",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from kanformer.surgery.calibrate import calibrate
     from kanformer.surgery.compare import compare
     from kanformer.surgery.delta import load_delta, save_delta
+    from kanformer.surgery.discovery import discover
     from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
     from kanformer.surgery.hub import save_pretrained
     from kanformer.surgery.plan import plan_surgery

@@ -30,7 +30,7 @@ def hidden_width(dense: DenseFFN, config: KANConfig) -> int:
             got=f"init={config.init!r}, width={config.width!r} and {type(dense.hidden_norm).__name__} over {dense.hidden_features} channels",
             hint="The norm mixes all channels, so none can go. Use init='exact', or leave the block out with exclude_modules.",
         )
-    form = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
+    form = {"gated": dense.gated, "up_bias": dense.expanding_bias, "down_bias": dense.down_bias is not None}
     budget = mlp_parameters(dense.in_features, dense.hidden_features, **form)
     if config.param_ratio is not None:
         form["down_bias"] = True  # the refit puts the removed channels' means there
@@ -51,7 +51,7 @@ def empty_block(dense: DenseFFN, config: KANConfig, hidden: int, *, down_bias: b
         hidden,
         activation=dense.activation,
         gated=dense.gated,
-        up_bias=dense.up_bias is not None,
+        up_bias=dense.expanding_bias,
         down_bias=down_bias,
         config=config,
         hidden_dropout=dense.hidden_dropout,

@@ -42,6 +42,11 @@ class DenseFFN:
         return self.gate_weight is not None
 
     @property
+    def expanding_bias(self) -> bool:
+        """Whether the maps to the hidden channels have a bias, or one of the two has."""
+        return self.up_bias is not None or self.gate_bias is not None
+
+    @property
     def other_parameters(self) -> int:
         """Trained numbers of the activation and the norms."""
         return sum(

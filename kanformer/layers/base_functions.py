@@ -20,6 +20,8 @@ _BY_NAME: dict[str, Callable[[], nn.Module]] = {
     "zero": lambda: FunctionModule(torch.zeros_like),
 }
 
+NAMES = tuple(_BY_NAME)
+
 BaseFunction = str | Callable[[Tensor], Tensor] | nn.Module
 
 

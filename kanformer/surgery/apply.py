@@ -47,7 +47,8 @@ def patch_model(
             `overrides` replace single values, in each config (`edges="full"`, `layers_to_transform=[0, 1]`, ...).
         calibration: batches of model inputs (dicts as for `model(**batch)`), or what `calibrate` made of them: needed by
             init="prune"; otherwise optional, it sets each grid to the range of its data. Padding (attention_mask 0) is ignored.
-        specs: descriptions of the blocks, for model classes that kanformer does not know.
+        specs: descriptions of blocks that kanformer does not know. They come first, and what it knows applies to the rest; to have these blocks
+            alone, add `where=lambda block: block.family == "mine"` with your spec's name. `discover` proposes them.
         where: a function that says of each block whether it may be taken, see `plan_surgery`.
 
     Returns:

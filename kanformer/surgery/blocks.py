@@ -88,7 +88,7 @@ def describe(site: Site) -> FoundBlock:
         return FoundBlock(**known)
     denses = site.denses()
     dense = denses[0]
-    form: dict[str, Any] = {"gated": dense.gated, "up_bias": dense.up_bias is not None, "down_bias": dense.down_bias is not None}
+    form: dict[str, Any] = {"gated": dense.gated, "up_bias": dense.expanding_bias, "down_bias": dense.down_bias is not None}
     return FoundBlock(
         **known,
         **form,

@@ -54,7 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: b
         model: an unpatched model; it is left as it was.
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
         gram: whether to gather Gram matrices of the hidden channels, (h, h) float64 per block, which pruning needs.
-        specs: descriptions of the blocks, for model classes that kanformer does not know.
+        specs: descriptions of blocks that kanformer does not know; they come first, and what it knows applies to the rest.
 
     Raises:
         NoFeedForwardError: no block found. DataError: no tokens, or inputs that are not finite.

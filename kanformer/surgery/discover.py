@@ -9,6 +9,7 @@ from torch import nn
 
 from kanformer.errors import NoFeedForwardError
 from kanformer.surgery.architectures import all_specs
+from kanformer.surgery.folding import few
 from kanformer.surgery.maps import base_map
 from kanformer.surgery.modules import is_conv1d
 from kanformer.surgery.sites import Site
@@ -19,25 +20,63 @@ _LIKELY = re.compile(r"mlp|ffn|feed_?forward|intermediate|expert", re.IGNORECASE
 
 
 def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list[Site]:
-    """Every block of `model` whose owner's class matches a spec, or without `specs` looks like a block; a module that hangs in several places counts once.
+    """Every block of `model`, in its order: what `specs` describe first, then what the known specs and its parts tell of the rest.
+
+    A module that hangs in several places counts once. A block that shares a map with one that `specs` describe is theirs.
 
     Raises:
-        NoFeedForwardError: none; the message lists what was looked for and how to give a spec.
+        NoFeedForwardError: none, or a given spec is no module's; the message lists what was looked for and how to give a spec.
     """
-    known = tuple(specs) if specs else all_specs()
-    patterns = [(re.compile(spec.owner), spec) for spec in known]
+    given = _given_sites(model, specs or ())
+    taken = {weight for sites in given.values() for site in sites for weight in _weights(site)}
+    patterns = [(re.compile(spec.owner), spec) for spec in all_specs()]
     hidden = any(base_map(module) is not None for module in model.modules())
     sites = []
     for path, module in model.named_modules():
         found = [spec for pattern, spec in patterns if pattern.fullmatch(type(module).__name__)][:1]
-        if not found and not specs:
+        if not found:
             found = structural_specs(path, module) or (structural_specs(path, _with_base_maps(module)) if hidden else [])
-        sites += [Site(model, path, spec) for spec in found]
+        own = given.get(path, [])
+        known = [site for site in (Site(model, path, spec) for spec in found) if not taken.intersection(_weights(site))]
+        sites += own + [site for site in known if not own or site.problem() is None]
     if not sites:
+        looked_for = (*(specs or ()), *all_specs())
         raise NoFeedForwardError(
-            "find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(known), hint=HOW_TO_GIVE_A_SPEC
+            "find feed-forward blocks", subject=type(model).__name__, got=_found(model), expected=_looked_for(looked_for), hint=HOW_TO_GIVE_A_SPEC
         )
     return sites
+
+
+def _given_sites(model: nn.Module, specs: Sequence[FFNSpec]) -> dict[str, list[Site]]:
+    """The blocks that the given specs describe, by the path of their owner: several of one owner if they share no map."""
+    found: dict[str, list[Site]] = {}
+    unused = dict.fromkeys(specs)
+    for path, module in model.named_modules():
+        sites = [Site(model, path, spec) for spec in specs if re.fullmatch(spec.owner, type(module).__name__)]
+        for site in sites:
+            unused.pop(site.spec, None)
+        fitting: list[Site] = []
+        for site in sites:
+            if site.problem() is None and not any(_weights(site) & _weights(other) for other in fitting):
+                fitting.append(site)
+        if sites:
+            found[path] = fitting or sites[:1]
+    if unused:
+        owners = sorted({type(module).__name__ for module in model.modules()})
+        raise NoFeedForwardError(
+            "find the blocks of the given specs",
+            subject=type(model).__name__,
+            got="; ".join(f"no module for {spec.name!r} (owner {spec.owner})" for spec in unused),
+            expected=f"the class name of a module, one of {few(owners, 12)}",
+        )
+    return found
+
+
+def _weights(site: Site) -> set[int]:
+    try:
+        return {id(weight) for weight in site.weights.values()}
+    except AttributeError:  # it has not these parts
+        return set()
 
 
 def _with_base_maps(module: nn.Module, depth: int = 2) -> nn.Module:
@@ -50,7 +89,7 @@ def _with_base_maps(module: nn.Module, depth: int = 2) -> nn.Module:
 
 HOW_TO_GIVE_A_SPEC = (
     "Describe the block yourself: patch_model(model, specs=[kanformer.FFNSpec(name='mine', owner='MyMLP', up='fc1', activation='act', down='fc2')]), "
-    "where owner is the class that holds the two linear maps"
+    "where owner is the class that holds the two linear maps; print(kanformer.discover(model, batch)) runs the model once and proposes such lines"
 )
 
 

@@ -57,7 +57,8 @@ def plan_surgery(
 
     Args:
         config: see `KANConfig`, or a list of them: a block gets the first that selects it. `overrides` replace single values, in each.
-        specs: descriptions of the blocks, for model classes that kanformer does not know.
+        specs: descriptions of blocks that kanformer does not know. They come first, and what it knows applies to the rest; to have these blocks
+            alone, add `where=lambda block: block.family == "mine"` with your spec's name. `discover` proposes them.
         where: a function of a `FoundBlock` (path, layer, towers, expert, owner, widths, ...) that says whether the block may be taken, in every config:
             `where=lambda block: block.mlp_hidden > 1024`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,3 +112,8 @@ class FFNSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+
+
+def spec_name(cls: str) -> str:
+    """A name for a spec from its owner's class: MyLittleMLP -> my-little-mlp."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls).lower().replace("_", "-")
