@@ -168,7 +168,15 @@ class Once(nn.Module):
         return x + self.fc2(self.drop(self.act(self.fc1(x))))
 
 
-@pytest.mark.parametrize("block", [Serving, Once])
+class Twice(Once):
+    """One dropout module, between the maps and after them (XLNet)."""
+
+    def forward(self, x):
+        h = self.drop(self.act(self.fc1(x)))
+        return x + self.drop(self.fc2(h))
+
+
+@pytest.mark.parametrize("block", [Serving, Once, Twice])
 def test_dropouts_act_where_they_did(block):
     """With the same seed the same numbers fall out, so the outputs are equal in training too."""
     torch.manual_seed(0)

@@ -166,8 +166,9 @@ def _inline(module: nn.Module) -> FFNSpec | None:
     for parts, number in chains.items():
         up, activation, dropout, norm, down = parts
         functional = dropout is not None and dropout.startswith("p=")
-        after = functional and any(chain[-2:] == (down, dropout) for chain in chains_of(type(module)))
-        # A part that is called elsewhere too must not become an identity, nor a probability 0 that is read elsewhere too.
+        after = dropout is not None and any(chain[-2:] == (down, dropout) for chain in chains_of(type(module)))
+        # A part that is called elsewhere too must not become an identity, nor a probability 0 that is read elsewhere too. A dropout may serve twice,
+        # between the maps and right after them.
         if any(times[name] != number * (2 if name == dropout and after else 1) for name in parts if name):
             continue
         return FFNSpec(
