@@ -487,3 +487,27 @@ def test_a_trial_sees_what_a_wrong_spec_does_and_takes_it_back():
 def test_the_error_for_an_unknown_model_names_the_way():
     with pytest.raises(NoFeedForwardError, match=r"kanformer\.discover\(model, batch\)"):
         kanformer.patch_model(Model(Layer(Functional())))
+
+
+class Leaky(Layer):
+    """An inline block whose activation has a number of its own, so it takes its own dtype only."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen, self.narrow, self.bend = nn.Linear(8, 12), nn.Linear(12, 8), nn.PReLU()
+
+    def forward(self, x):
+        return x + through(self.even(x), self.widen, self.bend, self.narrow)
+
+
+def test_other_dtypes():
+    model, batch = Model(Leaky(), Layer(Gated())).double().eval(), {"x": BATCH["x"].double()}
+    discovery = kanformer.discover(model, batch)
+    assert [(spec.owner, spec.activation) for spec in discovery.specs] == [("Leaky", "bend"), ("Gated", "bend")] and discovery.difference <= 1e-12
+
+
+def test_where_nothing_is_proposed_the_model_runs_once():
+    model, runs = Model(Squeeze()), []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    kanformer.discover(model, BATCH)
+    assert runs == [1]

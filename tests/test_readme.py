@@ -93,3 +93,37 @@ def test_the_ways_of_choosing_blocks_choose_blocks():
         patched = [path for path, module in model.named_modules() if isinstance(module, kanformer.KANFeedForward)]
         expected = {"4-": 2, "target": 5, "towers": 12, "where": 3, "KANConfig": 6}
         assert len(patched) == next(count for word, count in expected.items() if word in line), line
+
+
+class MyMLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.expand, self.squeeze = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.squeeze(torch.nn.functional.gelu(self.expand(x)))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = MyMLP()
+
+    def forward(self, x):
+        return x + self.mix(x)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_what_is_discovered_reads_as_the_readme_shows():
+    shown = README.split("kanformer.discover(model, batch)")[1].split("```text\n")[1].split("\n```")[0]
+    assert str(kanformer.discover(Model(), {"x": torch.randn(2, 5, 8)})) == shown

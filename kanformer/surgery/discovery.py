@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -91,9 +92,13 @@ class _Search:
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         self.model, self.batch = model, batch
         self.trace = trace_model(model, batch)
-        self.trial = Trial(model, batch)
         self.plan = _plan(model)
         self.known = {id(weight) for site in self.plan.sites for weight in site.weights.values()} if self.plan else set()
+
+    @functools.cached_property
+    def trial(self) -> Trial:
+        """Made where there is something to try: it runs the model."""
+        return Trial(self.model, self.batch)
 
     def result(self) -> Discovery:
         proposed, others = self._judge()

@@ -79,7 +79,7 @@ class Proposer:
         if not self._computes(site):
             return ""
         if site.spec.structure == "inline":
-            done = operations_of(site.activation)
+            done = operations_of(site.activation, self.block)
             rest = [name for name in self.block.operations if name not in done]
             if rest and not site.spec.hidden_norm:
                 return f"between its maps there is more than its activation: {', '.join(dict.fromkeys(rest))}"
@@ -145,7 +145,8 @@ class Proposer:
             after = dropouts_after(self.model, self.trace, self.block, None if residual else call.outputs[0])
             hidden, output = self._inside(owner, self.between), self._inside(owner, after)
             spec = dataclasses.replace(spec, residual=residual, input_norm=norm, hidden_dropout=hidden, output_dropout=output)
-            products = possible_products(get_path(self.model, owner), _get(self.model, owner, spec.activation)) if self.block.gated else [None]
+            activation = None if spec.activation.startswith("=") else get_path(self.model, join(owner, spec.activation))
+            products = possible_products(get_path(self.model, owner), activation) if self.block.gated else [None]
             yield from (dataclasses.replace(spec, product=product) for product in products)
             return
 
@@ -196,7 +197,3 @@ def _close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         return False
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((actual - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-6))
-
-
-def _get(model: nn.Module, owner: str, activation: str) -> Any:
-    return None if activation.startswith("=") else get_path(model, join(owner, activation))

@@ -141,11 +141,12 @@ def _number(holder: nn.Module, probability: Any) -> str:
     return next((names[0] for names in (read, exact, found) if len(names) == 1), "")
 
 
-def operations_of(activation: Any) -> list[str]:
-    """What a module or function does to a tensor, see `TracedBlock.operations`."""
-    trace = Trace(nn.Identity())
+def operations_of(activation: Any, block: TracedBlock) -> list[str]:
+    """What a module or function does to the block's hidden channels, see `TracedBlock.operations`."""
+    trace, up = Trace(nn.Identity()), block.ups[0].map
+    assert up
     with torch.no_grad(), Recorder(trace):
-        activation(torch.ones(2, 4))
+        activation(up.y.clone())
     return [value.op for value in trace.values if value.op not in QUIET]
 
 
