@@ -31,6 +31,8 @@ _SMALL: dict[str, Any] = {
     "initializer_range": 0.3,  # so large that the blocks matter to the logits
 }
 _LLAMA = {**_SMALL, "num_key_value_heads": 1}
+_TOKENS = {**_LLAMA, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_MIXTURE = {**_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2}
 _OPT = {
     **{name: value for name, value in _SMALL.items() if name not in ("intermediate_size", "initializer_range")},
     "init_std": 0.3,
@@ -97,6 +99,26 @@ _ARTEFACTS: dict[str, tuple[Any, Any, dict, Callable[[Any], Any], torch.dtype, b
     "llama-one-layer-refined": (tf.LlamaForCausalLM, tf.LlamaConfig, _LLAMA, _refined, torch.float32, False),
     "gpt2-control": (tf.GPT2LMHeadModel, tf.GPT2Config, _GPT2, lambda model: kanformer.patch_model(model, edges="mlp"), torch.float32, False),
     "bert-fourier-calibrated": (tf.BertForMaskedLM, tf.BertConfig, _SMALL, lambda model: _calibrated(model, basis="fourier"), torch.float32, False),
+    # since 0.2
+    "mixtral-experts-bf16": (tf.MixtralForCausalLM, tf.MixtralConfig, _MIXTURE, lambda model: kanformer.patch_model(model), torch.bfloat16, False),
+    "gpt-oss-experts-full": (
+        tf.GptOssForCausalLM,
+        tf.GptOssConfig,
+        {**_MIXTURE, "head_dim": 8},
+        lambda model: kanformer.patch_model(model, edges="full", grid_size=2),
+        torch.float32,
+        False,
+    ),
+    "bitnet-norm": (tf.BitNetForCausalLM, tf.BitNetConfig, _TOKENS, lambda model: kanformer.patch_model(model, basis="rational"), torch.float32, False),
+    "apertus-trained-activation": (tf.ApertusForCausalLM, tf.ApertusConfig, _TOKENS, lambda model: kanformer.patch_model(model), torch.float32, False),
+    "bert-two-configs": (
+        tf.BertForMaskedLM,
+        tf.BertConfig,
+        _SMALL,
+        lambda model: kanformer.patch_model(model, [kanformer.KANConfig(edges="full", grid_size=3, layers_to_transform=-1), kanformer.KANConfig(groups=6)]),
+        torch.float32,
+        False,
+    ),
 }
 
 

@@ -25,12 +25,13 @@ class Sentinel(nn.Module):
 
 def add_sentinel(block: nn.Module, spec: FFNSpec) -> None:
     """Gives the block a tensor under the name of the MLP's first weight (of experts: first weights)."""
-    device = next(block.parameters()).device
+    first = next(block.parameters())
+    device, dtype = first.device, first.dtype
     if spec.experts:
         # Some families store them by expert and by factor, turned or interleaved, and look for a parameter: this shape survives the way there and back.
         for path in filter(None, (spec.gate, spec.up)):
             holder, name = _holder(block, path)
-            holder.register_parameter(name, nn.Parameter(torch.zeros(2, 2, 2, dtype=torch.float32, device=device), requires_grad=False))
+            holder.register_parameter(name, nn.Parameter(torch.zeros(2, 2, 2, dtype=dtype, device=device), requires_grad=False))
         holder, name = _holder(block, spec.down)
         holder.__dict__[name] = torch.empty(0, 0)  # for initialisation that reaches in from outside
         return
