@@ -87,7 +87,24 @@ def test_no_tokens_and_an_expert_without_tokens():
     x, _, weights = routing()
     index = torch.zeros(9, 2, dtype=torch.long)
     module(x, index, weights).sum().backward()
-    assert module.kan_experts[0].kan_up.weight.grad.any() and module.kan_experts[1].kan_up.weight.grad is None
+    assert module.kan_experts[0].kan_up.weight.grad.any()
+    assert all(not parameter.grad.any() for parameter in module.kan_experts[1].parameters())  # zeros, not None
+    module.zero_grad()
+    module.eval()(x, index, weights).sum().backward()
+    assert module.kan_experts[1].kan_up.weight.grad is None
+
+
+@pytest.mark.parametrize("edges", ["shared", "full"])
+def test_the_penalty_is_that_of_the_experts_with_tokens(edges):
+    module = experts(edges=edges).train()
+    x, index, weights = routing()
+    index = index.clamp(max=1)
+    found = []
+    for mode in (True, False):
+        with kanformer.regularize(module.train(mode), l1=1.0, entropy=1.0) as penalty:
+            module(x, index, weights)
+        found.append(penalty())
+    assert torch.isfinite(found[0]) and torch.equal(*found)
 
 
 def test_it_compiles_without_a_break_and_exports():

@@ -149,6 +149,8 @@ class Penalty:
         def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
                 return  # a checkpointed block runs again in the backward pass
+            if not args[0].numel():
+                return  # an expert that no token reached
             layer.calls.append(_Call(args[0], output, token_mask(args[0], self._batch, layer.path)))
 
         return keep

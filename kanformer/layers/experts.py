@@ -59,7 +59,8 @@ class KANExperts(nn.Module):
         counts = torch.bincount(expert.clamp(max=len(self.kan_experts)), minlength=len(self.kan_experts) + 1).tolist()
         parts = []
         for block, some in zip((*self.kan_experts, None), rows.split(counts), strict=True):
-            if len(some):
+            # In training an expert without tokens gets a gradient of zeros, as its slice of a stacked tensor would: DDP and sharding wait for it.
+            if len(some) or (block is not None and self.training and torch.is_grad_enabled()):
                 parts.append(self._one(block, x[some], some, x.shape[0]))
         y = torch.cat(parts)[torch.argsort(order)] if parts else x.new_zeros(0, x.shape[1])
         return (y.view(*weights.shape, x.shape[1]) * weights.unsqueeze(-1)).sum(1)
