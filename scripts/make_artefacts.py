@@ -115,7 +115,7 @@ _ARTEFACTS: dict[str, tuple[Any, Any, dict, Callable[[Any], Any], torch.dtype, b
         tf.BertForMaskedLM,
         tf.BertConfig,
         _SMALL,
-        lambda model: kanformer.patch_model(model, [kanformer.KANConfig(edges="full", grid_size=3, layers_to_transform=-1), kanformer.KANConfig(groups=6)]),
+        lambda model: kanformer.patch_model(model, [kanformer.KANConfig(edges="full", grid_size=3, layers_to_transform=(-1,)), kanformer.KANConfig(groups=6)]),
         torch.float32,
         False,
     ),

@@ -217,3 +217,59 @@ def test_a_block_of_pointwise_convolutions(tmp_path):
     assert inside.float().mean() > 0.95 and math.isfinite(float(bounds.sum()))
     stats = kanformer.collect(model, batch)
     assert next(iter(stats.values())).tokens == 2 * 5 * 4
+
+
+class Functional(nn.Module):
+    """A block that calls its activation as a function, as a module of its own and gated."""
+
+    def __init__(self, function, gated):
+        super().__init__()
+        self.up_proj, self.down_proj, self.function = nn.Linear(16, 24), nn.Linear(24, 16), function
+        self.gate_proj = nn.Linear(16, 24) if gated else None
+
+    def forward(self, x):
+        h = self.function(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
+        return self.down_proj(h if self.gate_proj is None else h * self.up_proj(x))
+
+
+FUNCTIONS = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu_squared": lambda x: nn.functional.relu(x) ** 2,
+    "mish": nn.functional.mish,
+    "silu": nn.functional.silu,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_is_told_from_its_likes(name, dtype):
+    torch.manual_seed(0)
+    for block in (Functional(FUNCTIONS[name], False), Functional(FUNCTIONS[name], True)):
+        nn.init.normal_(block.up_proj.weight, std=0.02)  # as small as after initialisation
+        (spec,) = structural_specs("0", block.to(dtype))
+        assert spec.activation == f"={name}", (spec.activation, block.gate_proj is not None)
+
+
+def test_a_function_that_has_no_name_is_no_block():
+    assert structural_specs("0", Functional(torch.sin, False)) == []
+
+
+class Configured(nn.Module):
+    """A block that asks its config which activation to call."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj, self.down_proj, self.config = nn.Linear(16, 24), nn.Linear(24, 16), config
+
+    def forward(self, x):
+        return self.down_proj(FUNCTIONS[self.config["act"]](self.up_proj(x)))
+
+
+def test_what_is_known_of_one_model_is_not_believed_of_the_next():
+    x = torch.randn(3, 16)
+    for name in ("gelu", "mish", "quick_gelu"):
+        model = Holder(Configured({"act": name}))
+        before = model(x)
+        assert torch.allclose(kanformer.patch_model(model)(x), before, rtol=1e-5, atol=1e-7)

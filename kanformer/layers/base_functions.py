@@ -9,13 +9,31 @@ from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, did_you_mean
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), CLIP's GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2, Primer's activation (arXiv 2109.08668)."""
+    return torch.relu(x).square()
+
+
 _BY_NAME: dict[str, Callable[[], nn.Module]] = {
+    "elu": nn.ELU,
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "hardswish": nn.Hardswish,
     "identity": nn.Identity,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+    "quick_gelu": lambda: FunctionModule(quick_gelu),
     "relu": nn.ReLU,
+    "relu_squared": lambda: FunctionModule(relu_squared),
     "sigmoid": nn.Sigmoid,
     "silu": nn.SiLU,
+    "softplus": nn.Softplus,
     "tanh": nn.Tanh,
     "zero": lambda: FunctionModule(torch.zeros_like),
 }
@@ -43,7 +61,8 @@ def base_function(base: BaseFunction) -> nn.Module:
     """The module that computes b(x), elementwise.
 
     Args:
-        base: a name (gelu, gelu_tanh, identity, relu, sigmoid, silu, tanh, zero), an elementwise function or module.
+        base: a name (elu, gelu, gelu_tanh, hardswish, identity, leaky_relu, mish, quick_gelu, relu, relu_squared, sigmoid, silu, softplus, tanh,
+            zero), an elementwise function or module.
 
     Raises:
         ConfigError: an unknown name.

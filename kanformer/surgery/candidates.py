@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kanformer.layers.base_functions import NAMES
 from kanformer.surgery.check import disagreement
 from kanformer.surgery.modules import get_path
 from kanformer.surgery.products import possible_products
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
-NAMED = ("=silu", "=gelu", "=gelu_tanh", "=relu")
+NAMED = tuple(f"={name}" for name in NAMES if name not in ("identity", "zero"))
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
 _STACKED = ((None, "gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj"), (None, "up_proj", "down_proj"), ("mlp.w1", "mlp.v1", "mlp.w2"))
 
@@ -38,6 +39,12 @@ def best_spec(module: nn.Module, specs: Iterable[FFNSpec]) -> tuple[FFNSpec | No
     if key not in _chosen:
         _chosen[key] = _choose(module, specs)
     return _chosen[key]
+
+
+def forget() -> None:
+    """Starts anew with another model, whose blocks may differ in what `_likeness` does not see (its config, say)."""
+    _chosen.clear()
+    _checked.clear()
 
 
 def checked_disagreement(site: Site) -> str | None:
@@ -117,11 +124,12 @@ def _by_source(module: nn.Module, specs: list[FFNSpec]) -> tuple[FFNSpec, bool]:
 
 
 def _likeness(module: nn.Module, spec: FFNSpec) -> Hashable:
-    """What two modules of a class must share for one of them to speak for the other: shapes, dtype, and all plain numbers and texts."""
+    """What two modules of a class must share for one of them to speak for the other: shapes, dtype, all plain numbers, texts and functions."""
     plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | None) and name != "training"}
+    functions = tuple((name, getattr(value, "__code__", repr(value))) for name, value in vars(module).items() if callable(value))
     tensors = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in (*module.named_parameters(), *module.named_buffers()))
     children = tuple((name, type(child)) for name, child in module.named_modules())
-    return tuple(sorted((name, str(value)) for name, value in plain.items())), tensors, children, str(_get(module, spec.activation))
+    return tuple(sorted((name, str(value)) for name, value in plain.items())), functions, tensors, children, str(_get(module, spec.activation))
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from kanformer.conversion import DenseFFN
 from kanformer.surgery.modules import bare
 from kanformer.surgery.sites import Site
 
-_WIDE = 60.0  # the largest value before the activation, beyond the bounds that families put there
+_SIZES = (4.0, 60.0)  # largest values before the activation: where activations differ from one another, and beyond the bounds that families put there
+_TOLERANCES = {torch.float64: 2e-5, torch.float32: 2e-5}  # GELU and its tanh form are told apart; other dtypes: 5e-2
 
 
 def disagreement(site: Site) -> str | None:
@@ -24,11 +26,14 @@ def disagreement(site: Site) -> str | None:
         return None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            alone = Site(bare(site.owner), "", site.spec)
+            owner = bare(site.owner)
+            if site.spec.activation.startswith("=") and weight.dtype not in _TOLERANCES:
+                owner = copy.deepcopy(owner).float()  # which function it is, half precision cannot tell
+            alone = Site(owner, "", site.spec)
             denses = alone.denses()
             x = _tokens(alone, denses)
             largest = float(denses[0].preactivation(x).abs().max())
-            scales = [1.0, _WIDE / largest] if largest > 0 else [1.0]
+            scales = [1.0, *(size / largest for size in _SIZES if largest > 0)]
             return next((found for scale in scales if (found := _difference(alone, denses, x * scale)) is not None), None)
     except Exception as error:
         return f"its forward could not be run on hidden states alone ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
@@ -52,7 +57,7 @@ def _difference(site: Site, denses: list[DenseFFN], x: Tensor) -> str | None:
         actual = _run(run, x, dense.channels_first, x.flip(1) if site.spec.residual else None)
     if not isinstance(actual, Tensor) or actual.shape != expected.shape:
         return "its forward does not return one tensor of the input's shape"
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = 5e-3 if expected.is_cuda and torch.backends.cuda.matmul.allow_tf32 else _TOLERANCES.get(expected.dtype, 5e-2)
     scale = expected.abs().max().clamp(min=1e-6)
     if not bool(((actual - expected).abs().max() <= tolerance * scale) | (~torch.isfinite(expected)).any()):
         off = float((actual - expected).abs().max() / scale)

@@ -9,6 +9,7 @@ from torch import nn
 
 from kanformer.errors import NoFeedForwardError
 from kanformer.surgery.architectures import all_specs
+from kanformer.surgery.candidates import forget
 from kanformer.surgery.folding import few
 from kanformer.surgery.maps import base_map
 from kanformer.surgery.modules import is_conv1d
@@ -27,6 +28,7 @@ def find_sites(model: nn.Module, specs: Sequence[FFNSpec] | None = None) -> list
     Raises:
         NoFeedForwardError: none, or a given spec is no module's; the message lists what was looked for and how to give a spec.
     """
+    forget()
     given = _given_sites(model, specs or ())
     taken = {weight for sites in given.values() for site in sites for weight in _weights(site)}
     patterns = [(re.compile(spec.owner), spec) for spec in all_specs()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -14,7 +15,7 @@ from torch import nn
 from kanformer.layers.base_functions import base_function
 from kanformer.surgery.candidates import NAMED, best_spec, experts_spec
 from kanformer.surgery.check import disagreement
-from kanformer.surgery.modules import get_path, is_conv1d, is_linear, linear_tensors
+from kanformer.surgery.modules import bare, get_path, is_conv1d, is_linear, linear_tensors
 from kanformer.surgery.sites import Site
 from kanformer.surgery.source import calls_of, chains_of
 from kanformer.surgery.spec import FFNSpec
@@ -85,13 +86,17 @@ def _named_activation(inner: nn.Module, name: str) -> str | None:
     weight = get_path(inner, name).weight
     if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.dim() > 2:
         return None
-    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    inner = copy.deepcopy(bare(inner)).float()  # which function it is, half precision cannot tell
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
     with torch.no_grad():
         try:
+            x = x * (4 / get_path(inner, name)(x).abs().max().clamp(min=1e-6))  # where activations differ from one another
             actual, before = inner(x), get_path(inner, name)(x)  # type: ignore[operator]
+            off = {each: float((actual - base_function(each[1:])(before)).abs().max()) for each in NAMED}
         except Exception:
             return None
-        return next((each for each in NAMED if torch.allclose(actual, base_function(each[1:])(before), rtol=1e-4, atol=1e-6)), None)
+        best = min(off, key=off.__getitem__)
+        return best if off[best] <= 2e-5 * float(actual.abs().max()) else None
 
 
 def _sequence(path: str, module: nn.Module) -> FFNSpec | None:
