@@ -33,6 +33,11 @@ or refused by name? `python scripts/sweep_architectures.py` builds each model wi
 compares every floating tensor that the forward returns, saves and loads it with perturbed functions, and unpatches it.
 Unchanged means bit-equal where the blocks hold a separate `nn.Linear` for each map, and 1e-6 relative otherwise (`Conv1D`, fused maps, stacked experts).
 """
+_OTHER_KINDS = """\
+Of the types without a block found, these have a feed-forward block of a kind that is not replaced: efficientloftr and lightglue (the input is twice as
+wide as the output), ibert (quantised), jetmoe (experts behind two modules), levit (a batch norm after each map), reformer (dropout before the activation),
+rwkv (a gate over the output), squeezebert (grouped convolutions), zamba2 (adapters on a shared block). Refused are glpn, pvt_v2 and segformer (a
+convolution between the maps)."""
 _COLUMNS = """## Model types
 
 `patched`: blocks replaced (run: those that the inputs reached, if fewer). `refused`: blocks and reasons. `left`: classes that look like feed-forward
@@ -174,6 +179,8 @@ def report(results: list[Result]) -> str:
         "",
         f"Blocks: {blocks} patched in {len(patched)} types, {run} of them run by the inputs at hand; {refused} refused. "
         + " ".join(f"{name} bit-equal: {count} types." for name, count in equal.items()),
+        "",
+        _OTHER_KINDS,
         "",
         _COLUMNS,
         "",

@@ -19,7 +19,10 @@ from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
 NAMED = tuple(f"={name}" for name in NAMES if name not in ("identity", "zero"))
-_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl")
+_ACTIVATIONS = (
+    *("act_fn", "act", "activation_fn", "activation", "intermediate_act_fn", "w_in.act", "nonlinearity", "activation_function", "gelu_impl"),
+    "conv1.activation",
+)
 _STACKED = ((None, "gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj"), (None, "up_proj", "down_proj"), ("mlp.w1", "mlp.v1", "mlp.w2"))
 
 _chosen: dict[Hashable, tuple[FFNSpec, bool]] = {}

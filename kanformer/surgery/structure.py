@@ -45,6 +45,7 @@ _PLAIN = (  # up, down
     ("linear_1", "linear_2"),
     ("ffw_layer_1", "ffw_layer_2"),
     ("layers.0", "layers.1"),
+    ("conv1.convolution", "conv2.convolution"),
     ("layer_1", "layer_2"),
 )
 _FUSED = (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear"), ("fc1", "fc2"), ("fc1.proj", "fc2"))  # gate and up in one, down
