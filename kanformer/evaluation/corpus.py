@@ -110,6 +110,9 @@ class _Measurement:
         if self.subjects.teacher is None:
             return
         losses = {name: self.tallies[name].loss(row) for name, row in rows.items()}
+        for kind in ("zero", "mean"):
+            if losses[f"{kind}_ablation"] <= losses["teacher"]:
+                self.subjects.notes.append(f"{self.result.name}: nothing to recover from the {kind} ablation, which is no worse than the teacher")
         for name in _LEARNED:
             for kind in ("zero", "mean"):
                 rows[name][f"recovered_{kind}"] = recovered(losses[name], losses[f"{kind}_ablation"], losses["teacher"])

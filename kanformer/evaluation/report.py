@@ -27,11 +27,11 @@ _KEPT = {
 
 
 def corpus_table(result: CorpusResult) -> str:
-    """A row per variant, a column per number that any of them has; "-" where there is none."""
+    """A row per variant, a column per number that is measured; "-" where there is none."""
     first = next(iter(result.rows.values()))
     encoder = "hidden_cosine" in first
     known = {**(_ENCODER if encoder else _LANGUAGE), **_KEPT}
-    columns = {key: column for key, column in known.items() if any(row.get(key) is not None for row in result.rows.values())}
+    columns = {key: column for key, column in known.items() if any(key in row for row in result.rows.values())}
     rows = [
         [name.replace("_", " "), *("-" if row.get(key) is None else text.format(row[key]) for key, (_, text) in columns.items())]
         for name, row in result.rows.items()
