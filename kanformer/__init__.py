@@ -29,6 +29,7 @@ _PUBLIC = {
     "use_backend": "kanformer.ops",
     "calibrate": "kanformer.surgery.calibrate",
     "regularize": "kanformer.conversion.regularize",
+    "without_functions": "kanformer.conversion.functions_off",
     "compare": "kanformer.surgery.compare",
     "update_grids": "kanformer.surgery.grids",
     "refine_grids": "kanformer.surgery.grids",
@@ -43,6 +44,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from kanformer.config import KANConfig
+    from kanformer.conversion.functions_off import without_functions
     from kanformer.conversion.regularize import regularize
     from kanformer.errors import KanformerError
     from kanformer.interpret import collect, plot_layer, plot_model

@@ -45,6 +45,12 @@ _COMMANDS = {
         "kanformer.training.finetune:finetune",
         "kanformer finetune --config configs/finetune_causal_lm.yaml",
     ),
+    "evaluate": Command(
+        "measure a patched model against the original",
+        "kanformer.evaluation.settings:EvaluateArguments",
+        "kanformer.evaluation.run:evaluate",
+        "kanformer evaluate --config configs/evaluate_minilm.yaml --train_file text.txt",
+    ),
     "plot": Command(
         "draw the learned functions of every layer",
         "kanformer.commands:PlotArguments",

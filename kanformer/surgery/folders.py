@@ -46,6 +46,17 @@ def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any]
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Looks, without making anything, whether `folder` can be made or written to: bad input leaves nothing behind.
+
+    Raises:
+        CheckpointError: its nearest existing parent is no folder, or read-only.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise CheckpointError("use the output folder", subject=folder, got=f"{nearest}, which is no folder that can be written to")
+
+
 def _put(aside: Path, final: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

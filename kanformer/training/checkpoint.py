@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from kanformer.surgery.folders import MARKER, reason, replace_file, write_folder
+from kanformer.surgery.folders import MARKER, check_writable, reason, replace_file, write_folder
 
-__all__ = ["MARKER", "complete_checkpoints", "drop_old", "reason", "replace_file", "write_folder"]
+__all__ = ["MARKER", "check_writable", "complete_checkpoints", "drop_old", "reason", "replace_file", "write_folder"]
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -48,8 +48,8 @@ def load_texts(arguments: DataArguments, columns: Sequence[str]) -> tuple[dict[s
     if arguments.dataset_name:
         train, held = _from_hub(arguments, columns)
     elif arguments.train_file:
-        train = _from_file(arguments.train_file, columns)
-        held = _from_file(arguments.validation_file, columns) if arguments.validation_file else None
+        train = file_columns(arguments.train_file, columns)
+        held = file_columns(arguments.validation_file, columns) if arguments.validation_file else None
     else:
         raise DataError("load the training text", got="neither train_file nor dataset_name", hint="Give one of them in the config or on the command line.")
     if held is None:
@@ -64,7 +64,12 @@ def load_texts(arguments: DataArguments, columns: Sequence[str]) -> tuple[dict[s
     return train, held
 
 
-def _from_file(path: str, columns: Sequence[str]) -> dict[str, list]:
+def file_columns(path: str, columns: Sequence[str]) -> dict[str, list]:
+    """The named columns of a .jsonl, .json, .csv or .parquet file; the lines of any other file as the only one.
+
+    Raises:
+        DataError: an unreadable file, a missing column, no text.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in _BUILDERS:
         if len(columns) > 1:

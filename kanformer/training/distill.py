@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.record import get_record
 from kanformer.surgery.sites import Site
+from kanformer.training.block_pairs import Unexplained, watched_blocks
 from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
 from kanformer.training.loop import Task, Trainer, start_run
@@ -70,24 +72,9 @@ class Distiller(nn.Module):
 
         Without `pairs` the first list is empty.
         """
-        seen: dict[int, list[Tensor]] = {}
-
-        def watch(number: int, site: Site):
-            def before(module: nn.Module, args: tuple) -> None:
-                seen[number] = [select_tokens(args[0], batch, site.path)]
-
-            def after(module: nn.Module, args: tuple, output: Tensor) -> None:
-                seen[number].append(select_tokens(output, batch, site.path))
-
-            return site.up.register_forward_pre_hook(before), site.down.register_forward_hook(after)
-
-        handles = [handle for number, site in enumerate(self.sites) for handle in watch(number, site)] if pairs else []
-        try:
+        with watched_blocks(self.sites if pairs else (), batch) as seen:
             states = hidden_states(self._teacher[0], batch, bool(self.hidden_weight))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [(seen[number][0], seen[number][1]) for number in sorted(seen)], states
+        return [seen[number] for number in sorted(seen)], states
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed over tokens: weighted means over layers of squared errors over the teacher's variance.
@@ -177,29 +164,20 @@ class DistillTask(Task):
     @torch.no_grad()
     def measure_scale(self) -> None:
         """Sets each layer's output variance, the unit of its loss."""
-        for number, moments in enumerate(self._moments(_SCALE_BATCHES)):
-            self.distiller.scale[number] = moments.variance()
+        for number, block in enumerate(self._measure(_SCALE_BATCHES)):
+            self.distiller.scale[number] = block.variance
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        errors = torch.zeros(len(self.distiller.sites), dtype=torch.float64)
-        tokens = 0
-        moments = [_Moments() for _ in self.distiller.sites]
-        for batch in self.held_batches():
-            for number, (x, target) in enumerate(self.distiller.teacher_pass(batch)[0]):
-                block = self.distiller.blocks[number]
-                errors[number] += (block(x) - target).double().square().mean(-1).sum().cpu()
-                moments[number].add(target)
-            tokens += int(batch["attention_mask"].sum())
-        self.layers = [float(error / tokens / m.variance()) for error, m in zip(errors, moments, strict=True)]
+        self.layers = [block.fvu for block in self._measure()]
         return {"fvu": sum(self.layers) / len(self.layers), "fvu_worst": max(self.layers)}
 
-    def _moments(self, limit: int) -> list[_Moments]:
-        moments = [_Moments() for _ in self.distiller.sites]
-        for _, batch in zip(range(limit), self.held_batches(), strict=False):
-            for number, (_, target) in enumerate(self.distiller.teacher_pass(batch)[0]):
-                moments[number].add(target)
-        return moments
+    def _measure(self, limit: int | None = None) -> list[Unexplained]:
+        found = [Unexplained() for _ in self.distiller.sites]
+        for batch in itertools.islice(self.held_batches(), limit):
+            for number, (x, target) in enumerate(self.distiller.teacher_pass(batch)[0]):
+                found[number].add(self.distiller.blocks[number](x), target)
+        return found
 
     def layer_table(self) -> str:
         """The last evaluation as CSV: layer, fvu."""
@@ -208,21 +186,6 @@ class DistillTask(Task):
         writer.writerow(["layer", "fvu"])
         writer.writerows((site.path, f"{fvu:.6f}") for site, fvu in zip(self.distiller.sites, self.layers, strict=True))
         return text.getvalue()
-
-
-class _Moments:
-    """Variance per channel, averaged over the channels."""
-
-    def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        x = x.double()
-        self.count += x.shape[0]
-        self.total, self.squares = self.total.to(x.device) + x.sum(0), self.squares.to(x.device) + x.square().sum(0)
-
-    def variance(self) -> Tensor:
-        return (self.squares / self.count - (self.total / self.count).square()).mean().clamp(min=1e-12).cpu()
 
 
 def distill(arguments: DistillArguments) -> dict[str, Any]:

@@ -19,11 +19,9 @@ from kanformer.surgery.apply import patch_model
 from kanformer.surgery.loading import load_model, load_tokenizer
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
 from kanformer.training.loop import Task, Trainer, start_run
-from kanformer.training.models import calibration_batches, check_length, is_patched
+from kanformer.training.masking import IGNORED, mask_tokens
+from kanformer.training.models import AUTO_CLASSES, calibration_batches, check_causal, check_length, check_mask_token, is_patched
 from kanformer.training.settings import FinetuneArguments
-
-_AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "classification": "AutoModelForSequenceClassification"}
-IGNORED = -100
 
 
 class SummedLoss(nn.Module):
@@ -76,20 +74,8 @@ class TextTask(Task):
             return {**batch, "labels": torch.tensor(classes)}
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
         if self.arguments.task == "masked_lm":
-            batch["input_ids"], labels = self._mask(batch["input_ids"], labels, generator)
+            batch["input_ids"], labels = mask_tokens(self.tokenizer, batch["input_ids"], labels, self.arguments.mlm_probability, generator)
         return {**batch, "labels": labels}
-
-    def _mask(self, ids: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """BERT's masking: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay."""
-        special = torch.zeros_like(ids, dtype=torch.bool)
-        for token in self.tokenizer.all_special_ids:
-            special |= ids == token
-        chosen = (torch.rand(ids.shape, generator=generator) < self.arguments.mlm_probability) & ~special & (labels != IGNORED)
-        dice = torch.rand(ids.shape, generator=generator)
-        noise = torch.randint(len(self.tokenizer), ids.shape, generator=generator)
-        masked = torch.where(chosen & (dice < 0.8), self.tokenizer.mask_token_id, ids)
-        masked = torch.where(chosen & (dice >= 0.8) & (dice < 0.9), noise, masked)
-        return masked, labels.masked_fill(~chosen, IGNORED)
 
     def _held_batches(self) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.arguments.seed)  # the same masks in every evaluation
@@ -116,13 +102,13 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
     columns = [arguments.text_column] + ([arguments.label_column] if arguments.task == "classification" else [])
     texts, held = load_texts(arguments, columns)
     tokenizer = load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
-    if arguments.task == "masked_lm" and tokenizer.mask_token_id is None:
-        raise ConfigError("fine-tune", subject="task=masked_lm", got="a tokenizer without a mask token", hint="Use task=causal_lm, or a masked language model.")
+    if arguments.task == "masked_lm":
+        check_mask_token(tokenizer, "fine-tune")
     classes, names = _classes(texts, held, arguments)
     model = _load(str(checkpoint or arguments.model_name_or_path), arguments, names)
     check_length(model, arguments.max_length)
     if arguments.task == "causal_lm":
-        _check_causal(model, arguments.model_name_or_path)
+        check_causal(model, arguments.model_name_or_path, "fine-tune")
     config: Any = model.config
     if arguments.task == "classification" and config.pad_token_id is None:
         config.pad_token_id = pad_token(tokenizer)  # decoders classify by the last token before the padding
@@ -145,18 +131,7 @@ def finetune(arguments: FinetuneArguments) -> dict[str, Any]:
 
 def _load(source: str, arguments: FinetuneArguments, names: list[str]) -> nn.Module:
     extra = {"num_labels": len(names), "label2id": {name: i for i, name in enumerate(names)}, "id2label": dict(enumerate(names))} if names else {}
-    return load_model(source, _AUTO_CLASSES[arguments.task], attn_implementation=arguments.attn_implementation, **extra)
-
-
-@torch.no_grad()
-def _check_causal(model: nn.Module, name: str) -> None:
-    """An encoder with a language-modelling head sees the token that it shall predict: there is nothing to learn."""
-    logits = model(input_ids=torch.tensor([[0, 0], [0, 1]]), attention_mask=torch.ones(2, 2, dtype=torch.long)).logits.float()
-    first, second = (logits[0] - logits[1]).abs().amax(-1)
-    if first > 1e-3 * second:
-        raise ConfigError(
-            "fine-tune", subject=f"task=causal_lm, {name}", got="a model that looks ahead", hint="Use task=masked_lm, or a causal language model."
-        )
+    return load_model(source, AUTO_CLASSES[arguments.task], attn_implementation=arguments.attn_implementation, **extra)
 
 
 def _patch(model: nn.Module, arguments: FinetuneArguments, tokenizer: Any, texts: Sequence[str]) -> nn.Module:

@@ -22,7 +22,7 @@ from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
 from kanformer.surgery.hub import save_pretrained
 from kanformer.surgery.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
-from kanformer.training.checkpoint import complete_checkpoints, drop_old, reason, replace_file, write_folder
+from kanformer.training.checkpoint import check_writable, complete_checkpoints, drop_old, reason, replace_file, write_folder
 from kanformer.training.data import Order, micro_batches
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
@@ -290,9 +290,7 @@ def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
     if not arguments.output_dir:
         raise ConfigError("start training", got="no output_dir", hint="Give a folder: --output_dir runs/mine.")
     folder = Path(arguments.output_dir)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())  # made later: bad input leaves nothing behind
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise CheckpointError("use the output folder", subject=folder, got=f"{nearest}, which is no folder that can be written to")
+    check_writable(folder)
     checkpoints = complete_checkpoints(folder)
     if arguments.resume:
         return checkpoints[-1] if checkpoints else (0, None)

@@ -19,6 +19,8 @@ from kanformer.surgery.sites import Site
 from kanformer.training.data import pad, pad_token, tokenize
 from kanformer.training.settings import DistillArguments
 
+AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "classification": "AutoModelForSequenceClassification"}
+
 
 def calibration_batches(tokenizer: Any, texts: Sequence[str], count: int, max_length: int, batch_size: int = 32) -> Iterator[dict[str, torch.Tensor]]:
     """The first `count` texts as padded batches of model inputs."""
@@ -101,6 +103,31 @@ def check_length(model: nn.Module, max_length: int) -> None:
             got=f"{type(model).__name__} with {positions} positions",
             hint=f"Set --max_length {positions} or less.",
         )
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, name: str, action: str) -> None:
+    """Refuses an encoder with a language-modelling head, which sees the token that it shall predict: there is nothing to learn, nor to measure.
+
+    Raises:
+        ConfigError: the logits at a token depend on the token after it.
+    """
+    inputs = {"input_ids": torch.tensor([[0, 0], [0, 1]]), "attention_mask": torch.ones(2, 2, dtype=torch.long)}
+    device = next(model.parameters()).device
+    logits = model(**{key: value.to(device) for key, value in inputs.items()}).logits.float()
+    first, second = (logits[0] - logits[1]).abs().amax(-1)
+    if first > 1e-3 * second:
+        raise ConfigError(action, subject=f"task=causal_lm, {name}", got="a model that looks ahead", hint="Use task=masked_lm, or a causal language model.")
+
+
+def check_mask_token(tokenizer: Any, action: str) -> None:
+    """Refuses masked language modelling with a tokenizer that cannot mask.
+
+    Raises:
+        ConfigError: it has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ConfigError(action, subject="task=masked_lm", got="a tokenizer without a mask token", hint="Use task=causal_lm, or a masked language model.")
 
 
 def is_patched(model: nn.Module) -> bool:
