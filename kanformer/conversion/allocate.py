@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ def _pieces(claim: Claim) -> list[tuple[float, int]]:
         while len(hull) > 1 and _slope(hull[-1], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    return [(-_slope(left, right) * claim.step / claim.cost, right[0]) for left, right in zip(hull, hull[1:], strict=False)]
+    return [(-_slope(left, right) * claim.step / claim.cost, right[0]) for left, right in itertools.pairwise(hull)]
 
 
 def _slope(left: tuple[int, float], right: tuple[int, float]) -> float:

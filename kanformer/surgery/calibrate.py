@@ -58,7 +58,7 @@ def calibrate(
     collect_into(found.statistics, model, sites, _fresh(stream, done, first, importance_batches), None if run is None else run.after_batch)
     if run is not None:
         run.after_stream()
-    if importance_batches:
+    if importance_batches and sites:
         known = {} if run is None else run.importance()
         note = (lambda path, value: None) if run is None else run.after_block
         found.importance.update(measure_importance(model, sites, first, known, note))
@@ -98,9 +98,15 @@ def collect_into(
     """
     names = {site: block_paths(site) for site in sites}
     batch: dict[str, Any] = {}
+
+    def note(number: int) -> bool:
+        if after is not None:
+            after(number)
+        return False
+
     handles = [_watch(site, [statistics[path] for path in paths], batch) for site, paths in names.items()]
     try:
-        together("calibrate", lambda: run_batches(model, batches, batch, None if after is None else lambda number: bool(after(number))))
+        together("calibrate", lambda: run_batches(model, batches, batch, note))
     finally:
         for handle in handles:
             handle.remove()

@@ -118,7 +118,8 @@ class Calibration:
         """Writes a folder, complete or not there, that `kanformer.load_calibration` reads: a JSON file, and a safetensors file per block.
 
         A block's file takes 8 bytes times h (h + 1) / 2 for its Gram matrix, 8 (d + 1) (2 d + 1) for the moments of the linear share and at most
-        1 KiB times (d + 2 h) for samples of the rows: 16 MiB for MiniLM's blocks (d=384, h=1536), 52 MiB for GPT-2's, 1.0 GiB for Llama-3-8B's.
+        1 KiB times (d + 2 h) for samples of the rows: 15 MiB for MiniLM's blocks (d=384, h=1536). By this formula it is 52 MiB for GPT-2's and
+        1.0 GiB for Llama-3-8B's.
 
         Raises:
             CheckpointError: it cannot be written; what was there before is untouched.

@@ -110,7 +110,8 @@ def _rebuilt(folder: Path, values: dict[str, Any]) -> Calibration:
         path = block["path"]
         statistics[path], forms[path] = _statistics(folder, block, values), BlockForm(**block["form"])
         seen, form = statistics[path], forms[path]
-        if seen.tokens != block["tokens"] or (seen.tokens and (seen.inputs.total.numel(), seen.hidden.total.numel()) != (form.in_features, form.hidden_features)):
+        widths = (seen.inputs.total.numel(), seen.hidden.total.numel()) if seen.tokens else (form.in_features, form.hidden_features)
+        if (seen.tokens, *widths) != (block["tokens"], form.in_features, form.hidden_features):
             raise ValueError(f"{block['file']} is not of the block {path}")
         if block["importance"] is not None:
             importance[block["site"]] = float(block["importance"])

@@ -42,16 +42,15 @@ class Run:
             raise ConfigError("keep the state of a calibration", got="several processes", hint="Calibrate in one process, or without a state.")
         self.calibration = calibration
         if not self.resume:
-            self.remove()
+            remove_state(self.folder)
             return 0
         recover(self.folder)
         if not self.folder.exists():
             return 0
         saved, running = read_calibration(self.folder)
         if running is None or running["facts"] != self.facts or saved.forms != calibration.forms:
-            raise ConfigError(
-                "go on with the calibration", subject=self.folder, got="the state of other data, settings or another model", hint="Start again without --resume."
-            )
+            got = "the state of other data, settings or another model"
+            raise ConfigError("go on with the calibration", subject=self.folder, got=got, hint="Start again without --resume.")
         for site in sites:
             for path, dense in zip(block_paths(site), site.denses(), strict=True):
                 calibration.statistics[path] = saved.statistics[path].to(dense.up_weight.device)
@@ -80,11 +79,12 @@ class Run:
         """Notes a block's importance beside the state."""
         replace_file(self.folder / _IMPORTANCE, json.dumps({**self.importance(), path: value}))
 
-    def remove(self) -> None:
-        """Deletes the state."""
-        for kind in ("", "partial", "old"):
-            shutil.rmtree(self.folder.with_name(f".{self.folder.name}.{kind}") if kind else self.folder, ignore_errors=True)
-
     def _write(self) -> None:
         write_calibration(self.calibration, self.folder, {"facts": self.facts, "batches": self.seen})
         self.written = self.seen
+
+
+def remove_state(folder: Path) -> None:
+    """Deletes a state, and what a crash left of another."""
+    for each in (folder, *(folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))):
+        shutil.rmtree(each, ignore_errors=True)

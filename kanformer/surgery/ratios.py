@@ -15,7 +15,7 @@ from kanformer.surgery.assemble import site_path
 from kanformer.surgery.calibration import BlockForm, Calibration
 
 _ACTION = "divide the parameters by importance"
-_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "towers")
+SELECTING = {"target_modules": None, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "towers": None, "experts": "include"}
 
 
 def ratios_from_importance(
@@ -35,7 +35,10 @@ def ratios_from_importance(
     importance^2 * e(width), where e is the error that was measured while the block's channels were eliminated one after the other (`ErrorCurve`). The
     curves fall convexly: parameters go to where one takes off most, until the budget is spent, which is the optimum (water-filling).
 
-    It is a choice of how to divide, not a promise: on all-MiniLM-L6-v2 see README.md for what it gains.
+    On all-MiniLM-L6-v2 it does not pay: with half of the parameters (edges="mlp", 1,024 lines of WikiText-2 to calibrate, 256 others to measure) the
+    embeddings' mean cosine to the original's is 0.9304, against 0.9419 with the same ratio for all; with a quarter 0.8596 against 0.8685. Pruned alone to
+    half, each block there moves the final hidden state by 0.117 to 0.178, so that equal ratios are near the best already, while a mean in a block's
+    place is too large a change to tell what a small error does. So it is no default: measure both on your model.
 
     Args:
         calibration: made with importance_batches > 0 and gram=True.
@@ -51,7 +54,7 @@ def ratios_from_importance(
     floor = param_ratio / 4 if floor is None else floor
     if not 0 < floor <= param_ratio <= ceil <= 1:
         raise ConfigError(_ACTION, got=f"floor={floor}, param_ratio={param_ratio}, ceil={ceil}", expected="0 < floor <= param_ratio <= ceil <= 1")
-    chosen = [name for name in _SELECTING if getattr(base, name) is not None] + (["experts"] if base.experts != "include" else [])
+    chosen = [name for name, nothing in SELECTING.items() if getattr(base, name) != nothing]
     if chosen:
         raise ConfigError(_ACTION, got=f"a config with {', '.join(chosen)}", hint="Name the blocks with paths=, or plan with the config and take the plan's.")
     blocks = _blocks(calibration, paths)
@@ -61,9 +64,8 @@ def ratios_from_importance(
     other = sum(count * form.other_parameters for form, count in forms.values())
     budget = int(param_ratio * sum(count * form.parameters for form, count in forms.values())) - other
     widths = share_out(claims, budget - lowest)
-    return [
-        base.replace(target_modules=re.escape(site), param_ratio=_ratio(form, width, base)) for (site, (form, _)), width in zip(forms.items(), widths, strict=True)
-    ]
+    pairs = zip(forms.items(), widths, strict=True)
+    return [base.replace(target_modules=re.escape(site), param_ratio=_ratio(form, width, base)) for (site, (form, _)), width in pairs]
 
 
 def _blocks(calibration: Calibration, paths: Collection[str] | None) -> dict[str, list[str]]:
