@@ -28,6 +28,8 @@ _PUBLIC = {
     "load_delta": "kanformer.surgery.delta",
     "use_backend": "kanformer.ops",
     "calibrate": "kanformer.surgery.calibrate",
+    "load_calibration": "kanformer.surgery.calibration_files",
+    "ratios_from_importance": "kanformer.surgery.ratios",
     "regularize": "kanformer.conversion.regularize",
     "without_functions": "kanformer.conversion.functions_off",
     "compare": "kanformer.surgery.compare",
@@ -52,12 +54,14 @@ if TYPE_CHECKING:
     from kanformer.ops import use_backend
     from kanformer.surgery.apply import patch_model
     from kanformer.surgery.calibrate import calibrate
+    from kanformer.surgery.calibration_files import load_calibration
     from kanformer.surgery.compare import compare
     from kanformer.surgery.delta import load_delta, save_delta
     from kanformer.surgery.discovery import discover
     from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
     from kanformer.surgery.hub import save_pretrained
     from kanformer.surgery.plan import plan_surgery
+    from kanformer.surgery.ratios import ratios_from_importance
     from kanformer.surgery.restore import unpatch_model
     from kanformer.surgery.spec import FFNSpec
 

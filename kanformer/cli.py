@@ -23,6 +23,13 @@ class Command:
 
 
 _COMMANDS = {
+    "calibrate": Command(
+        "gather what pruning needs to know of the data, and each block's numbers",
+        "kanformer.training.settings:CalibrateArguments",
+        "kanformer.training.calibrate:calibrate",
+        "kanformer calibrate gpt2 --text text.txt --out gpt2-calibration",
+        "model",
+    ),
     "patch": Command(
         "replace a model's feed-forward blocks and save it",
         "kanformer.commands:PatchArguments",

@@ -12,6 +12,9 @@ from kanformer.training.arguments import option
 if TYPE_CHECKING:
     from torch import nn
 
+    from kanformer.config import KANConfig
+    from kanformer.surgery.calibration import Calibration
+
 
 @dataclass
 class PatchArguments:
@@ -23,6 +26,10 @@ class PatchArguments:
     text: str | None = option(None, "calibration text, a text per line")
     calibration_samples: int = option(256, "texts to calibrate on", ge=1)
     max_length: int = option(128, "tokens per text", ge=2)
+    calibration: str | None = option(None, "folder that kanformer calibrate wrote, instead of text")
+    param_ratios: str = option("uniform", "of the blocks: kan.param_ratio for each, or by importance so that all together have it", ("uniform", "importance"))
+    ratio_floor: float | None = option(None, "least ratio of a block, by importance; absent: a quarter of kan.param_ratio", gt=0, le=1)
+    ratio_ceil: float = option(1.0, "greatest ratio of a block, by importance", gt=0, le=1)
     remote_code: bool = option(False, "write code beside it, so that trust_remote_code=True loads it without importing kanformer")
     dry_run: bool = option(False, "print the plan and stop")
 
@@ -52,27 +59,50 @@ class PlotArguments:
 def patch(arguments: PatchArguments) -> None:
     """Patches a checkpoint and saves it, with a model card, and its tokenizer where it has one."""
     from kanformer.configs import configs_from
+    from kanformer.errors import ConfigError
     from kanformer.surgery.apply import patch_model
+    from kanformer.surgery.calibration_files import load_calibration
     from kanformer.surgery.compare import compare as count
     from kanformer.surgery.folders import write_folder
     from kanformer.surgery.hub import save_pretrained
     from kanformer.surgery.plan import plan_surgery
 
     _need(arguments.model, "model")
-    config = configs_from(arguments.kan, keep_original=False)
+    configs = configs_from(arguments.kan, keep_original=False)
+    if arguments.calibration and arguments.text:
+        raise ConfigError("calibrate", got="calibration and text", expected="one of them")
+    calibration = None if arguments.calibration is None else load_calibration(arguments.calibration)
     model = _load(arguments.model)
+    config = _divided(model, configs, calibration, arguments) if arguments.param_ratios == "importance" else configs
     if arguments.dry_run:
         print(plan_surgery(model, config))
         return
     _need(arguments.out, "out")
     _need_free(arguments.out)
     batches = None if arguments.text is None else _batches(model, arguments.model, arguments.text, arguments.calibration_samples, arguments.max_length)
-    patch_model(model, config, calibration=batches)
+    patch_model(model, config, calibration=calibration or batches)
     print(count(model))
     tokenizer = _tokenizer(arguments.model)
 
     write_folder(Path(arguments.out), lambda folder: save_pretrained(model, folder, tokenizer=tokenizer, remote_code=arguments.remote_code))
     print(f"saved: {arguments.out}")
+
+
+def _divided(model: nn.Module, configs: tuple[KANConfig, ...], calibration: Calibration | None, arguments: PatchArguments) -> list[KANConfig]:
+    """A config per block that the one config selects, see `ratios_from_importance`."""
+    from kanformer.errors import ConfigError
+    from kanformer.surgery.plan import plan_surgery
+    from kanformer.surgery.ratios import SELECTING, ratios_from_importance
+
+    action = "divide the parameters by importance"
+    if calibration is None:
+        raise ConfigError(action, got="no calibration", hint="Make one with kanformer calibrate, and give it with --calibration.")
+    first, *others = configs
+    if others or first.param_ratio is None:
+        raise ConfigError(action, got=f"{len(configs)} configs, init={first.init!r}", expected="one config with init='prune' and a param_ratio")
+    paths = [block.path for block in plan_surgery(model, first).blocks]
+    bounds = {"floor": arguments.ratio_floor, "ceil": arguments.ratio_ceil}
+    return ratios_from_importance(calibration, first.param_ratio, config=first.replace(**SELECTING), paths=paths, **bounds)
 
 
 def compare(arguments: CompareArguments) -> None:

@@ -62,6 +62,19 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("patch {bert} --out {tmp}/new --kan.init prune --kan.param_ratio 0.5", "no calibration data"),
         ("patch {bert} --out {tmp}/new --kan.init prune --kan.param_ratio 0.5 --text {empty} --max_length 16", "an empty file"),
         ("patch {bert} --out {text}/new --max_length 16", "Not a directory"),
+        ("patch {bert} --out {tmp}/new --calibration {tmp}/none", "cannot read the calibration"),
+        ("patch {bert} --out {tmp}/new --calibration {bert}", "A calibration is a folder"),
+        ("patch {bert} --out {tmp}/new --calibration {bert} --text {text}", "got calibration and text"),
+        ("patch {bert} --out {tmp}/new --param_ratios importance", "got no calibration"),
+        ("patch {bert} --out {tmp}/new --param_ratios even", "one of uniform, importance"),
+        ("calibrate {bert} --out {tmp}/new", "no text"),
+        ("calibrate {bert} --text {text}", "no out"),
+        ("calibrate {bert} --text {empty} --out {tmp}/new", "an empty file"),
+        ("calibrate {bert} --text {text} --out {kan} --max_length 16", "a path that is in use"),
+        ("calibrate {kan} --text {text} --out {tmp}/new --max_length 16", "patched already"),
+        ("calibrate {bert} --text {text} --out {tmp}/new --max_length 65", "with 64 positions"),
+        ("calibrate {bert} --text {text} --out {tmp}/new --save_step 3", "Did you mean 'save_steps'"),
+        ("calibrate {bert} --text {text} --out {text}/new --max_length 16", "cannot write the checkpoint"),
         ("distill --teacher_name_or_path {bert} --model_name_or_path {bert} --train_file {text} --output_dir {tmp}/new --max_length 16", "not patched"),
         ("distill --teacher_name_or_path {bert} --train_file {empty} --output_dir {tmp}/new", "an empty file"),
         ("distill --teacher_name_or_path {bert} --train_file {latin} --output_dir {tmp}/new", "not UTF-8"),
@@ -87,7 +100,7 @@ def test_overview_and_version(capsys):
     overview = capsys.readouterr().out
     main(["--help"])
     assert capsys.readouterr().out == overview
-    assert all(f"  {name} " in overview for name in ("patch", "compare", "distill", "finetune", "plot", "demo"))
+    assert all(f"  {name} " in overview for name in ("calibrate", "patch", "compare", "distill", "finetune", "plot", "demo"))
     main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
 

@@ -66,6 +66,15 @@ def test_the_calls_for_saving_and_loading_run(tmp_path, monkeypatch):
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_the_calls_for_calibrating_run(tmp_path, monkeypatch):
+    code = README.split("## Calibrating")[1].split("```python\n")[1].split("```")[0]
+    config = tf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    monkeypatch.chdir(tmp_path)
+    model = tf.LlamaForCausalLM(config)
+    exec(code, {"kanformer": kanformer, "model": model, "batches": [{"input_ids": torch.randint(0, 50, (8, 32))}]})
+    assert 0.45 < kanformer.compare(model).to_dict()["feed_forward"]["parameters_ratio"] <= 0.5 and (tmp_path / "calibration" / "calibration.json").is_file()
+
+
 def test_every_path_in_the_readme_exists():
     tree = README.split("## Where things are")[1]
     for name in re.findall(r"^\s+([a-z_]+(?:/|\.py))", tree, re.MULTILINE):

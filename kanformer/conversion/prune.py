@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,7 @@ def prune_channels(dense: DenseFFN, statistics: FFNStatistics, n_keep: int, ridg
     ranking = (covariance.diagonal().clamp(min=0).sqrt() * weight.norm(dim=0)).argsort(descending=True)
     known = statistics.eliminated.get((n_keep, ridge))  # by an earlier patch of the same width, for example of the control
     if known is None:
-        known = statistics.eliminated[n_keep, ridge] = eliminate(covariance + _damping(covariance, ridge), weight, n_keep)
+        known = statistics.eliminated[n_keep, ridge] = eliminate(covariance + damping(covariance, ridge), weight, n_keep)
     fits = [_refit(covariance, mean, weight, dense.down_bias, keep, ridge) for keep in (known, ranking[:n_keep].sort().values)]
     return min(fits, key=lambda fit: fit.error)
 
@@ -57,6 +58,14 @@ def eliminate(damped: Tensor, weight: Tensor, n_keep: int) -> Tensor:
         weight: (d, h) down map, float64.
     """
     alive = torch.arange(weight.shape[1], device=weight.device)
+    for alive, _ in elimination_steps(damped, weight, n_keep):  # noqa: B007  (the last of them)
+        pass
+    return alive
+
+
+def elimination_steps(damped: Tensor, weight: Tensor, n_keep: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices of the channels that are left, squared error that this step added) after each step of `eliminate`."""
+    alive = torch.arange(weight.shape[1], device=weight.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     weight = weight.clone()
     per_step = max(1, -(-(alive.numel() - n_keep) // _MAX_STEPS))
@@ -66,15 +75,17 @@ def eliminate(damped: Tensor, weight: Tensor, n_keep: int) -> Tensor:
         out = cost.topk(count, largest=False).indices
         stay = torch.ones(alive.numel(), dtype=torch.bool, device=alive.device)
         stay[out] = False
+        removed, own = weight[:, out], inverse[out][:, out]
         # Schur complement: what the rest must take over, and its inverse covariance.
-        share = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
-        weight = weight[:, stay] - weight[:, out] @ share
+        share = torch.linalg.solve(own, inverse[out][:, stay])
+        weight = weight[:, stay] - removed @ share
         inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ share
         alive = alive[stay]
-    return alive
+        yield alive, (removed.t() * torch.linalg.solve(own, removed.t())).sum()
 
 
-def _damping(covariance: Tensor, ridge: float) -> Tensor:
+def damping(covariance: Tensor, ridge: float) -> Tensor:
+    """What is added to a covariance (h, h) so that it can be solved with."""
     mean_diagonal = covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     # A floor of 1e-10 keeps dead and duplicate channels solvable when ridge is 0.
     return torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device) * mean_diagonal * max(ridge, 1e-10)
@@ -83,7 +94,7 @@ def _damping(covariance: Tensor, ridge: float) -> Tensor:
 def _refit(covariance: Tensor, mean: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, ridge: float) -> PrunedDown:
     kept = covariance[keep][:, keep]
     cross = weight @ covariance[:, keep]
-    fitted = torch.cholesky_solve(cross.t(), torch.linalg.cholesky(kept + _damping(kept, ridge))).t()
+    fitted = torch.cholesky_solve(cross.t(), torch.linalg.cholesky(kept + damping(kept, ridge))).t()
     new_bias = weight @ mean - fitted @ mean[keep]
     if bias is not None:
         new_bias = new_bias + bias.double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kanformer.conversion.affine import AffineMoments
 from kanformer.conversion.dense import DenseFFN
 from kanformer.conversion.processes import reduced
 from kanformer.conversion.sample import RowSample
@@ -62,12 +63,14 @@ class FFNStatistics:
     Args:
         name: of the block, for messages.
         gram: whether to keep the (h, h) Gram matrix, which only pruning needs.
+        affine: whether to keep the moments that tell how much of the block is an affine map.
     """
 
-    def __init__(self, name: str, gram: bool = True) -> None:
-        self.name, self.keep_gram = name, gram
+    def __init__(self, name: str, gram: bool = True, affine: bool = False) -> None:
+        self.name, self.keep_gram, self.keep_affine = name, gram, affine
         self.inputs, self.preactivations, self.hidden = ChannelRange(), ChannelRange(), ChannelRange()
         self.gram: Tensor | None = None
+        self.affine: AffineMoments | None = None
         self.eliminated: dict[tuple[int, float], Tensor] = {}  # (width, ridge) -> the channels that a pruning kept; forgotten with new data
 
     @property
@@ -101,6 +104,18 @@ class FFNStatistics:
             if self.gram is None:
                 self.gram = wide.new_zeros(wide.shape[1], wide.shape[1])
             _add_upper_gram(self.gram, wide)
+        if self.keep_affine:
+            output = torch.nn.functional.linear(hidden, dense.down_weight, dense.down_bias)
+            if self.affine is None:
+                self.affine = AffineMoments(x.shape[1], output.shape[1], x.device)
+            self.affine.update(x, output)
+
+    def linear_share(self) -> float | None:
+        """R^2 of the best affine map from the block's input to its output; 1 where the output is constant, None where nothing was gathered."""
+        if self.affine is None:
+            return None
+        explained, total = self.affine.explained()
+        return explained / total if total > 0 else 1.0
 
     def all_reduce(self, dense: DenseFFN) -> None:
         """Makes them the statistics of all processes' data, the same bits on each; `dense` is the block, for its sizes."""
@@ -109,7 +124,17 @@ class FFNStatistics:
             ranges.all_reduce(channels, device)
         if self.keep_gram:
             self.gram = reduced(torch.zeros(hidden, hidden, dtype=torch.float64, device=device) if self.gram is None else self.gram)
+        if self.keep_affine:
+            self.affine = self.affine or AffineMoments(dense.in_features, dense.down_weight.shape[0], device)
+            self.affine.all_reduce()
         self.eliminated.clear()
+
+    def to(self, device: torch.device) -> FFNStatistics:
+        """Moves what was gathered to `device`; returns itself."""
+        if self.tokens and self.inputs.total.device != device:
+            move(self, device)
+            self.eliminated.clear()
+        return self
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """(covariance (h, h), mean (h,)) of the hidden channels, in float64."""
@@ -118,6 +143,15 @@ class FFNStatistics:
         mean = self.hidden.total / self.tokens
         gram = self.gram.triu() + self.gram.triu(1).t()
         return gram / self.tokens - torch.outer(mean, mean), mean
+
+
+def move(owner: object, device: torch.device) -> None:
+    """Moves the tensors of an object, and of the objects of this package in it, to `device`; a sample's keys stay on the CPU."""
+    for name, value in vars(owner).items():
+        if isinstance(value, Tensor) and name != "keys":
+            setattr(owner, name, value.to(device))
+        elif isinstance(value, ChannelRange | RowSample | AffineMoments):
+            move(value, device)
 
 
 def _add_upper_gram(gram: Tensor, x: Tensor, blocks: int = 4) -> None:

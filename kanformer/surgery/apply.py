@@ -12,7 +12,8 @@ from kanformer.configs import Configs
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
 from kanformer.surgery.assemble import KANModule, assemble, block_paths
-from kanformer.surgery.calibrate import Calibration, collect_statistics
+from kanformer.surgery.calibrate import collect_statistics
+from kanformer.surgery.calibration import Calibration
 from kanformer.surgery.cautions import warn_of_losses
 from kanformer.surgery.holders import by_holder, forget_parts
 from kanformer.surgery.modules import PassThrough, all_references, get_path, mark_initialized

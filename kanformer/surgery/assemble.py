@@ -12,13 +12,19 @@ from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 
 KANModule = KANFeedForward | KANExperts
+_EXPERT = ".kan_experts."
 
 
 def block_paths(site: Site) -> list[str]:
     """A name for each of a site's blocks, in their order: the site's path, or one below it per expert."""
     if not site.spec.experts:
         return [site.path]
-    return [f"{site.path}.kan_experts.{i}" for i in range(len(site.denses()))]
+    return [f"{site.path}{_EXPERT}{i}" for i in range(len(site.denses()))]
+
+
+def site_path(path: str) -> str:
+    """The site's path of one of its `block_paths`."""
+    return path.partition(_EXPERT)[0]
 
 
 def assemble(site: Site, blocks: Sequence[KANFeedForward]) -> KANModule:

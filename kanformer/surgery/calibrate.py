@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,41 +11,29 @@ from torch import Tensor, nn
 
 from kanformer.conversion import FFNStatistics
 from kanformer.conversion.batches import run_batches, select_tokens, token_mask
+from kanformer.conversion.error_curve import ErrorCurve, error_curve
 from kanformer.conversion.processes import several, together
-from kanformer.errors import ConfigError, DataError
+from kanformer.errors import DataError
 from kanformer.surgery.assemble import block_paths
+from kanformer.surgery.calibration import BlockForm, Calibration
+from kanformer.surgery.calibration_run import Run
 from kanformer.surgery.discover import find_sites
+from kanformer.surgery.importance import measure_importance
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What `calibrate` saw, by the block's path: good for any number of patches of copies of the same model."""
-
-    statistics: dict[str, FFNStatistics]
-    gram: bool
-
-    def of(self, sites: Sequence[Site], *, gram: Collection[str]) -> dict[str, FFNStatistics]:
-        """The statistics of these blocks; `gram` are the paths of those that need Gram matrices.
-
-        Raises:
-            ConfigError: a block was not seen, has another width, or its Gram matrix was not gathered.
-        """
-        if gram and not self.gram:
-            raise ConfigError("prune", got="a calibration without Gram matrices", hint="Calibrate with gram=True.")
-        paths = {path: site for site in sites for path in block_paths(site)}
-        for path, site in paths.items():
-            seen = self.statistics.get(path)
-            if seen is None or (seen.tokens and seen.hidden.total.numel() != site.dense().hidden_features):
-                raise ConfigError(
-                    "use the calibration", subject=path, got="no statistics of this block", hint="Calibrate the model that you patch, or a copy of it."
-                )
-        return {path: self.statistics[path] for path in paths}
-
-
-def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: bool = True, specs: Sequence[FFNSpec] | None = None) -> Calibration:
-    """Gathers, in one streaming pass, what `patch_model(model, calibration=...)` needs to know of the data.
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gram: bool = True,
+    linear: bool = True,
+    importance_batches: int = 0,
+    specs: Sequence[FFNSpec] | None = None,
+    run: Run | None = None,
+) -> Calibration:
+    """Gathers, in one streaming pass, what `patch_model(model, calibration=...)` needs to know of the data, and each block's numbers.
 
     Under torch.distributed all processes must call it, each with its own share of the data: each gets the statistics of all of it.
 
@@ -54,36 +41,72 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, gram: b
         model: an unpatched model; it is left as it was.
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
         gram: whether to gather Gram matrices of the hidden channels, (h, h) float64 per block, which pruning needs.
+        linear: whether to gather what the linear share needs, (d + 1, 2 d + 1) float64 per block.
+        importance_batches: on how many of the batches (the first ones, which are kept) the importance of every block is measured, running the model
+            once for each block; with gram=True the error curve of every block's pruning is measured too, for `ratios_from_importance`. 0: neither.
         specs: descriptions of blocks that kanformer does not know; they come first, and what it knows applies to the rest.
+        run: where the state is kept while it runs, so that it can go on after a crash (`kanformer calibrate`).
 
     Raises:
         NoFeedForwardError: no block found. DataError: no tokens, or inputs that are not finite.
     """
     sites = [site for site in find_sites(model, specs) if site.problem() is None]
-    return Calibration(collect_statistics(model, sites, batches, gram=[site.path for site in sites] if gram else ()), gram)
+    found = _empty(model, sites, gram=gram, linear=linear)
+    done = 0 if run is None else run.start(found, sites)
+    first: list[Mapping[str, Any]] = []
+    stream: Iterable[Any] = [batches] if isinstance(batches, Mapping) else batches
+    collect_into(found.statistics, model, sites, _fresh(stream, done, first, importance_batches), None if run is None else run.after_batch)
+    if run is not None:
+        run.after_stream()
+    if importance_batches and sites:
+        known = {} if run is None else run.importance()
+        note = (lambda path, value: None) if run is None else run.after_block
+        found.importance.update(measure_importance(model, sites, first, known, note))
+        found.curves.update(_curves(sites, found.statistics) if gram else {})
+    return found
 
 
 def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterable[Mapping[str, Any]], *, gram: Collection[str]) -> dict[str, FFNStatistics]:
+    """Statistics of these sites by `block_paths`, see `collect_into`.
+
+    Args:
+        gram: paths of the blocks whose Gram matrices of the hidden channels, (h, h) float64, are gathered.
+    """
+    statistics = {path: FFNStatistics(path, site.path in gram) for site in sites for path in block_paths(site)}
+    collect_into(statistics, model, sites, batches)
+    return statistics
+
+
+def collect_into(
+    statistics: dict[str, FFNStatistics],
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Any]],
+    after: Callable[[int], None] | None = None,
+) -> None:
     """One streaming pass, in eval mode and without gradients; the model is afterwards as before.
 
     Under torch.distributed all processes must call it, each with its own share of the data: each gets the statistics of all of it.
 
     Args:
+        statistics: by `block_paths` of the sites, added to. An expert that no token reached has none: its grids stay as configured, and a warning says so.
         batches: dicts of model inputs; padding (attention_mask 0) is ignored.
-        gram: paths of the blocks whose Gram matrices of the hidden channels, (h, h) float64, are gathered.
-
-    Returns:
-        Statistics by `block_paths` of the sites. An expert that no token reached has none: its grids stay as configured, and a warning says so.
+        after: called with the number of batches after each.
 
     Raises:
         DataError: no batch, no unmasked token, or an input that is not finite.
     """
     names = {site: block_paths(site) for site in sites}
-    statistics = {path: FFNStatistics(path, site.path in gram) for site, paths in names.items() for path in paths}
     batch: dict[str, Any] = {}
+
+    def note(number: int) -> bool:
+        if after is not None:
+            after(number)
+        return False
+
     handles = [_watch(site, [statistics[path] for path in paths], batch) for site, paths in names.items()]
     try:
-        together("calibrate", lambda: run_batches(model, batches, batch))
+        together("calibrate", lambda: run_batches(model, batches, batch, note))
     finally:
         for handle in handles:
             handle.remove()
@@ -97,7 +120,30 @@ def collect_statistics(model: nn.Module, sites: Sequence[Site], batches: Iterabl
     idle = [path for path, gathered in statistics.items() if gathered.tokens == 0]
     if idle:
         warnings.warn(f"no calibration token reached {len(idle)} of {len(statistics)} blocks: experts such as {idle[0]}. Use more data.", stacklevel=3)
-    return statistics
+
+
+def _empty(model: nn.Module, sites: Sequence[Site], *, gram: bool, linear: bool) -> Calibration:
+    statistics, forms = {}, {}
+    for site in sites:
+        for path, dense in zip(block_paths(site), site.denses(), strict=True):
+            statistics[path], forms[path] = FFNStatistics(path, gram, linear), BlockForm.of(dense)
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    return Calibration(statistics, gram, forms, model_class=type(model).__name__, base_model=str(name or ""))
+
+
+def _fresh(batches: Iterable[Mapping[str, Any]], done: int, first: list[Mapping[str, Any]], keep: int) -> Iterator[Mapping[str, Any]]:
+    """The batches from number `done` on; the first `keep` of all go into `first`."""
+    for number, batch in enumerate(batches):
+        if number < keep:
+            first.append(batch)
+        if number >= done:
+            yield batch
+
+
+def _curves(sites: Sequence[Site], statistics: dict[str, FFNStatistics]) -> dict[str, ErrorCurve]:
+    """The error curves of all blocks that can be pruned and saw tokens."""
+    pairs = [pair for site in sites for pair in zip(block_paths(site), site.denses(), strict=True)]
+    return {path: error_curve(dense, statistics[path]) for path, dense in pairs if dense.hidden_norm is None and statistics[path].tokens}
 
 
 def _watch(site: Site, statistics: list[FFNStatistics], batch: dict[str, Any]) -> Any:

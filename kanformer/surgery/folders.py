@@ -26,8 +26,7 @@ def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any]
     final = Path(os.path.abspath(final))
     aside, old = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "old"))
     try:
-        if old.exists() and not final.exists():
-            os.rename(old, final)  # a crash came between the two renames of _put
+        recover(final)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         fill(aside)
@@ -55,6 +54,14 @@ def check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise CheckpointError("use the output folder", subject=folder, got=f"{nearest}, which is no folder that can be written to")
+
+
+def recover(final: Path) -> None:
+    """Puts the older folder back where a crash came between the two renames of `write_folder`."""
+    final = Path(os.path.abspath(final))
+    old = final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():
+        os.rename(old, final)
 
 
 def _put(aside: Path, final: Path, old: Path) -> None:

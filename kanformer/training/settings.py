@@ -87,3 +87,22 @@ class FinetuneArguments(LoopArguments, DataArguments):
     train_rest: bool = option(True, "train the rest of the model too, at learning_rate")
     mlm_probability: float = option(0.15, "share of masked tokens (masked_lm)", gt=0, le=1)
     calibration_samples: int = option(256, "texts for pruning and grids, where `kan` is given", ge=1)
+
+
+@dataclass
+class CalibrateArguments:
+    """Settings of `scripts/calibrate.py`."""
+
+    model: str = option("", "folder or hub id of the original model")
+    text: str = option("", "text to calibrate on, a text per line")
+    out: str = option("", "folder for the calibration, for kanformer patch --calibration")
+    calibration_samples: int = option(1024, "texts to calibrate on", ge=1)
+    max_length: int = option(128, "tokens per text; longer text is cut", ge=2)
+    batch_size: int = option(32, "texts per batch", ge=1)
+    gram: bool = option(True, "gather Gram matrices, which pruning needs: (h, h) float64 per block")
+    linear: bool = option(True, "measure each block's linear share")
+    importance_batches: int = option(4, "batches to measure each block's importance on, running the model once per block; 0: none", ge=0)
+    attn_implementation: str | None = option(None, "attention of the model, as in from_pretrained")
+    save_steps: int = option(100, "batches between two states beside out, from which --resume goes on", ge=1)
+    resume: bool = option(False, "go on from the newest state")
+    json: bool = option(False, "print the numbers as JSON")

@@ -1,0 +1,61 @@
+"""Calibrating a checkpoint on text: one pass over the data, restartable, saved for any number of patches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+
+from kanformer.errors import ConfigError
+from kanformer.surgery.calibrate import calibrate as gather
+from kanformer.surgery.calibration import Calibration
+from kanformer.surgery.calibration_files import INFO, load_calibration
+from kanformer.surgery.calibration_run import Run, remove_state
+from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
+from kanformer.surgery.patchable import check_patchable
+from kanformer.training.data import read_lines
+from kanformer.training.models import calibration_batches, check_length
+from kanformer.training.settings import CalibrateArguments
+
+_DATA = ("model", "calibration_samples", "max_length", "batch_size", "gram", "linear", "importance_batches", "attn_implementation")
+
+
+def calibrate(arguments: CalibrateArguments) -> Calibration:
+    """Gathers the statistics of every block, saves them and prints the numbers.
+
+    The state of the run lies beside `out` (`.NAME.running`), complete or not there, until all is done. With resume=True a run that was killed goes on
+    from it and ends with the same bits.
+
+    Raises:
+        ConfigError: a setting is missing, out is in use, or the state is of other data or settings. DataError: bad text.
+        CheckpointError: the model cannot be read, or the calibration not written.
+    """
+    for name in ("model", "text", "out"):
+        if not getattr(arguments, name):
+            raise ConfigError("run the command", got=f"no {name}", hint=f"Give --{name}; see --help.")
+    out = Path(arguments.out)
+    state = out.with_name(f".{out.name}.running")
+    if arguments.resume and (out / INFO).is_file():
+        remove_state(state)
+        return _told(load_calibration(out), arguments, f"complete already: {out}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("write the calibration", subject=f"out={out}", got="a path that is in use", hint="Choose a new folder.")
+    texts = read_lines(arguments.text)[: arguments.calibration_samples]
+    quiet_transformers()
+    model, tokenizer = load_model(arguments.model, attn_implementation=arguments.attn_implementation), load_tokenizer(arguments.model)
+    check_patchable(model)
+    check_length(model, arguments.max_length)
+    facts = {name: value for name, value in dataclasses.asdict(arguments).items() if name in _DATA}
+    facts["texts"] = zlib.crc32("\n".join(texts).encode())
+    run = Run(state, arguments.save_steps, facts, arguments.resume)
+    batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length, arguments.batch_size)
+    found = gather(model, batches, gram=arguments.gram, linear=arguments.linear, importance_batches=arguments.importance_batches, run=run)
+    found.save(out)
+    remove_state(state)
+    return _told(found, arguments, (f"went on after batch {run.done}\n" if run.done else "") + f"saved: {out}")
+
+
+def _told(calibration: Calibration, arguments: CalibrateArguments, note: str) -> Calibration:
+    print(json.dumps(calibration.to_dict(), indent=2) if arguments.json else f"{calibration}\n{note}")
+    return calibration
