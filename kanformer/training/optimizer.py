@@ -36,11 +36,14 @@ def make_optimizer(model: nn.Module, arguments: LoopArguments) -> torch.optim.Ad
 
 
 def learning_rate_factor(step: int, arguments: LoopArguments) -> float:
-    """Share of the peak learning rate in step 0, 1, ...: linear warm-up, then the schedule down to 0 (cosine: to 5 %)."""
+    """Share of the peak learning rate in step 0, 1, ...: linear warm-up, then the schedule down to 0 (cosine: to 5 %; inverse_sqrt as in transformers)."""
     warmup = arguments.warmup_steps if arguments.warmup_steps >= 1 else arguments.warmup_steps * arguments.max_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, arguments.max_steps - warmup)
     if arguments.lr_scheduler_type == "cosine":
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    if arguments.lr_scheduler_type == "inverse_sqrt":
+        timescale = warmup or 10_000
+        return math.sqrt(timescale / (step - warmup + timescale))
     return 1 - done if arguments.lr_scheduler_type == "linear" else 1.0
