@@ -36,6 +36,8 @@ _PUBLIC = {
     "update_grids": "kanformer.surgery.grids",
     "refine_grids": "kanformer.surgery.grids",
     "outside_fractions": "kanformer.surgery.grids",
+    "KANCallback": "kanformer.training.callback",
+    "make_optimizer": "kanformer.training.optimizer",
     "collect": "kanformer.interpret",
     "plot_layer": "kanformer.interpret",
     "plot_model": "kanformer.interpret",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from kanformer.surgery.ratios import ratios_from_importance
     from kanformer.surgery.restore import unpatch_model
     from kanformer.surgery.spec import FFNSpec
+    from kanformer.training.callback import KANCallback
+    from kanformer.training.optimizer import make_optimizer
 
 
 def __getattr__(name: str):

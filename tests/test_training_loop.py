@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
-from kanformer.training import loop
+from kanformer.training import journal, loop, start
 from kanformer.training.checkpoint import complete_checkpoints
 from kanformer.training.settings import LoopArguments
 from training_cases import checkpoint, curve, metrics, run_distill, run_finetune, same_weights, weights, write_text
@@ -166,13 +166,13 @@ def test_output_dir_of_another_run_is_refused_before_anything_is_loaded(tmp_path
 
 def test_output_dir_must_be_given_and_possible(tmp_path):
     with pytest.raises(ConfigError, match="no output_dir"):
-        loop.prepare_output(LoopArguments())
+        start.prepare_output(LoopArguments())
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"use the output folder \(.*file"):
-        loop.prepare_output(LoopArguments(output_dir=str(tmp_path / "file")))
+        start.prepare_output(LoopArguments(output_dir=str(tmp_path / "file")))
 
 
 def test_metrics_that_cannot_be_written_are_a_checkpoint_error(tmp_path, text, llama, monkeypatch):
-    monkeypatch.setattr(loop.Trainer, "_cut_metrics", lambda self: (self.output_dir / "metrics.jsonl").mkdir())
+    monkeypatch.setattr(journal.Journal, "cut", lambda self, step, finished: self.path.mkdir())
     with pytest.raises(CheckpointError, match=r"write the metrics \(.*metrics.jsonl\): got Is a directory"):
         run_finetune(llama, text, tmp_path / "out")

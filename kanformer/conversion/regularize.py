@@ -47,17 +47,26 @@ def regularize(
         NoFeedForwardError: nothing in the model is learned. ConfigError: a weight that is negative or not finite.
     """
     weights = {"l1": l1, "entropy": entropy, "smoothness": smoothness}
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError("regularise the model", subject=name, got=weight, expected="a finite number >= 0")
-    if nodes is not None and nodes < 1:
-        raise ConfigError("regularise the model", subject="nodes", got=nodes, expected="None or an integer >= 1")
+    check_weights(weights, nodes)
     penalty = Penalty(model, weights, nodes, through_inputs)
     with contextlib.ExitStack() as hooks:
         if l1 or entropy:
             for handle in penalty._watch():
                 hooks.callback(handle.remove)
         yield penalty
+
+
+def check_weights(weights: Mapping[str, float], nodes: int | None) -> None:
+    """Refuses weights and a number of nodes that `regularize` cannot use.
+
+    Raises:
+        ConfigError: a weight that is negative or not finite, fewer than one node.
+    """
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError("regularise the model", subject=name, got=weight, expected="a finite number >= 0")
+    if nodes is not None and nodes < 1:
+        raise ConfigError("regularise the model", subject="nodes", got=nodes, expected="None or an integer >= 1")
 
 
 class Penalty:
@@ -92,6 +101,12 @@ class Penalty:
         total = sum((self.weights[name] * value for name, value in self.values.items()), torch.zeros((), device=device))
         self.values = {name: value.detach() for name, value in self.values.items()}
         return total
+
+    def seen(self) -> Iterator[tuple[str, KANLinear | EdgeFunctions, Tensor, Tensor]]:
+        """(path, layer, inputs (tokens, in), outputs (tokens, out)) of every forward pass since the last call, without padding."""
+        for module, layer in self._layers.items():
+            for call in layer.calls:
+                yield layer.path, module, call.rows(call.x), call.rows(call.y)
 
     def _measure(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kanformer.surgery.folders import MARKER, check_writable, reason, replace_file, write_folder
 
-__all__ = ["MARKER", "check_writable", "complete_checkpoints", "drop_old", "reason", "replace_file", "write_folder"]
+__all__ = ["MARKER", "RESULTS", "check_writable", "complete_checkpoints", "drop_old", "reason", "replace_file", "write_folder"]
+RESULTS = "all_results.json"  # written last of all
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -22,7 +23,8 @@ def complete_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def drop_old(output_dir: Path, keep: int | None) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for _, path in complete_checkpoints(output_dir)[:-keep] if keep else ():
-        shutil.rmtree(path, ignore_errors=True)
+def drop_old(output_dir: Path, keep: int | None, spare: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints and that of step `spare`."""
+    for step, path in complete_checkpoints(output_dir)[:-keep] if keep else ():
+        if step != spare:
+            shutil.rmtree(path, ignore_errors=True)

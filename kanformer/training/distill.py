@@ -25,9 +25,11 @@ from kanformer.surgery.sites import Site
 from kanformer.training.block_pairs import Unexplained, watched_blocks
 from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, start_run
+from kanformer.training.loop import Trainer
 from kanformer.training.models import load_patched, teacher_sites
 from kanformer.training.settings import DistillArguments
+from kanformer.training.start import start_run
+from kanformer.training.task import Task
 from kanformer.training.teacher_states import TeacherStates, write_teacher_states
 
 _SCALE_BATCHES = 8  # held-out batches from which each layer's output variance is measured, once
@@ -138,7 +140,7 @@ class DistillTask(Task):
         batch_size: int,
         stored: TeacherStates | None = None,
     ) -> None:
-        self.stored = stored
+        self.stored, self.metrics = stored, ("fvu", "fvu_worst")
         self.module, self.model, self.tokenizer = distiller, student, tokenizer
         self.train, self.held, self.batch_size = train, held, batch_size
         self.examples, self.lengths = len(train), [len(example) for example in train]

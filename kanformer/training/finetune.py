@@ -18,10 +18,12 @@ from kanformer.layers import KANFeedForward
 from kanformer.surgery.apply import patch_model
 from kanformer.surgery.loading import load_model, load_tokenizer
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
-from kanformer.training.loop import Task, Trainer, start_run
+from kanformer.training.loop import Trainer
 from kanformer.training.masking import IGNORED, mask_tokens
 from kanformer.training.models import AUTO_CLASSES, calibration_batches, check_causal, check_length, check_mask_token, is_patched
 from kanformer.training.settings import FinetuneArguments
+from kanformer.training.start import start_run
+from kanformer.training.task import Task
 
 
 class SummedLoss(nn.Module):
@@ -56,7 +58,10 @@ class TextTask(Task):
     ) -> None:
         self.module, self.model, self.tokenizer = module, module.model, tokenizer
         self.train, self.held, self.arguments, self.classes = train, held, arguments, classes
-        self.base = arguments.model_name_or_path
+        self.base, self.metrics = (
+            arguments.model_name_or_path,
+            ("loss", "accuracy") if arguments.task == "classification" else ("loss", "accuracy", "perplexity"),
+        )
         self.examples = len(train)
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:

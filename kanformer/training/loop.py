@@ -1,4 +1,4 @@
-"""The training loop on accelerate: exact gradient accumulation, metrics, checkpoints, resume."""
+"""The training loop on accelerate: exact gradient accumulation, evaluations, early stopping, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -6,70 +6,32 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pickle
 import shutil
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kanformer.conversion.regularize import regularize
-from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
+from kanformer.errors import CheckpointError
 from kanformer.surgery.hub import save_pretrained
-from kanformer.surgery.loading import quiet_transformers
+from kanformer.surgery.loading import load_model
 from kanformer.training.arguments import to_yaml
-from kanformer.training.checkpoint import check_writable, complete_checkpoints, drop_old, reason, replace_file, write_folder
+from kanformer.training.checkpoint import RESULTS, drop_old, reason, replace_file, write_folder
 from kanformer.training.data import Order, micro_batches
+from kanformer.training.journal import Journal, Window
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
-
-_RESULTS = "all_results.json"
-
-
-def make_accelerator() -> Any:
-    """accelerate's `Accelerator`; processes without a GPU each join over gloo, which accelerate does only when told to.
-
-    Raises:
-        ConfigError: several processes were started, but they do not know each other.
-    """
-    from accelerate import Accelerator
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    accelerator = Accelerator(cpu=True) if world > 1 and not torch.accelerator.is_available() else Accelerator()
-    if accelerator.num_processes < world:
-        raise ConfigError("start training", got=f"{world} processes, of which accelerate joined {accelerator.num_processes}", hint="Start one process.")
-    return accelerator
-
-
-class Task(ABC):
-    """What is trained: a module whose forward gives a summed loss, its data and its evaluation."""
-
-    module: nn.Module  # forward(batch) -> (loss summed over items, {name: summed metric})
-    model: nn.Module  # what is saved
-    tokenizer: Any
-    base: str | None = None  # what was patched, or came from it: for the model card
-    examples: int  # number of training examples
-    lengths: list[int] | None = None  # their tokens, where grouping by length saves padding
-
-    @abstractmethod
-    def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The inputs of these training examples. Random choices depend on the global random state, which checkpoints carry."""
-
-    @abstractmethod
-    def items(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many items (tokens or examples) the loss of this batch is summed over, a scalar."""
-
-    @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Held-out metrics of the current weights; called on every process, same result on all."""
+from kanformer.training.stopping import Stopping, diverged
+from kanformer.training.task import Task
+from kanformer.training.trackers import start_trackers
 
 
 class Trainer:
-    """Runs a `Task` for `max_steps`, from the newest complete checkpoint when asked to resume."""
+    """Runs a `Task` for `max_steps` or until it gets no better, from the newest complete checkpoint when asked to resume."""
 
     def __init__(self, task: Task, arguments: LoopArguments, accelerator: Any, start_step: int = 0, checkpoint: Path | None = None) -> None:
         self.task, self.arguments, self.accelerator = task, arguments, accelerator
@@ -80,7 +42,9 @@ class Trainer:
         group = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         self.order = Order(task.examples, arguments.seed, task.lengths, group)
         self.results: dict[str, Any] = {}
-        self.window = _Window()
+        self.journal, self.window = Journal(self.output_dir, accelerator), Window()
+        self.stopping = Stopping(arguments, task.metrics)
+        self.evaluated: tuple[int, dict[str, float]] | None = None  # the step and metrics of the last evaluation
         if checkpoint is not None:
             self._load(checkpoint)
 
@@ -88,53 +52,86 @@ class Trainer:
         """Trains, evaluates, saves the final model into `output_dir` and returns the results.
 
         Raises:
-            TrainingDiverged: the loss is not finite; checkpoints before that stand.
+            TrainingDiverged: the loss is not finite, or beyond the watchdog's limit; checkpoints before that stand.
         """
+        if self.accelerator.is_main_process:
+            replace_file(self.output_dir / "config.yaml", to_yaml(self.arguments))
+            self.journal.cut(self.step, self._finished())
+        start_trackers(self.accelerator, self.arguments, self.step)
+        started, begun = time.time(), self.step
+        if self.arguments.eval_on_start and not begun:
+            self._evaluate()
+        self._run_steps()
+        self._check_weights()
+        seconds = time.time() - started
+        final = self._final_metrics()
+        self.results = {**final, "steps": self.step, "tokens": self.tokens, "train_seconds": round(seconds, 3), "steps_this_run": self.step - begun}
+        if self.arguments.early_stopping_patience or self.arguments.load_best_model_at_end:
+            self.results |= {"best_step": self.stopping.best_step, f"best_{self.stopping.metric}": self.stopping.best}
+        self._finish()
+        return self.results
+
+    def _finished(self) -> bool:
+        return self.step >= self.arguments.max_steps or self.stopping.stop
+
+    def _run_steps(self) -> None:
         from tqdm.auto import tqdm
 
-        arguments, main = self.arguments, self.accelerator.is_main_process
-        if main:
-            replace_file(self.output_dir / "config.yaml", to_yaml(arguments))
-            self._cut_metrics()
-        started, begun = time.time(), self.step
-        total = arguments.max_steps
+        arguments = self.arguments
         with tqdm(
-            total=total,
-            initial=begun,
+            total=arguments.max_steps,
+            initial=self.step,
             unit="step",
             desc=str(self.output_dir)[-24:],
             position=arguments.progress_position,
-            disable=arguments.disable_tqdm or not main,
+            disable=arguments.disable_tqdm or not self.accelerator.is_main_process,
             dynamic_ncols=True,
             mininterval=0.5,
         ) as bar:
-            while self.step < total:
+            while not self._finished():
                 loss, metrics, count, tokens = self._optimize()
                 self.window.add(loss, metrics, count, tokens)
                 self.tokens += tokens
                 self.step += 1
+                self.stopping.watch(self.step, loss / count)
                 bar.update(1)
                 bar.set_postfix(loss=f"{loss / count:.4g}", tok_s=f"{self.window.tokens_per_second():,.0f}")
                 self._write_down()
-        self._check_weights()
-        seconds = time.time() - started
-        final = {f"eval_{name}": value for name, value in self._evaluate().items()}
-        self._log(final)
-        self.results = {**final, "steps": self.step, "tokens": self.tokens, "train_seconds": round(seconds, 3), "steps_this_run": self.step - begun}
-        self._finish()
-        return self.results
 
     def _write_down(self) -> None:
         """What is due after this step: a line of metrics, an evaluation, a checkpoint."""
-        arguments = self.arguments
+        arguments, best = self.arguments, False
         if self.step % arguments.logging_steps == 0 or self.step == arguments.max_steps:
-            self._log({**self.window.summary(), "learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens": self.tokens})
-            self.window = _Window()
+            self._write_window()
         if arguments.eval_steps and self.step % arguments.eval_steps == 0 and self.step < arguments.max_steps:
-            self._log({f"eval_{name}": value for name, value in self._evaluate().items()})
-        if arguments.save_steps and self.step % arguments.save_steps == 0:
+            best = self.stopping.see(self.step, self._evaluate())
+            if self.stopping.stop and self.window.count:
+                self._write_window()
+        due = arguments.save_steps and self.step % arguments.save_steps == 0 and not self.stopping.above
+        if due or (best and arguments.load_best_model_at_end):
             self._check_weights()
             self._save()
+
+    def _write_window(self) -> None:
+        self.journal.write(self.step, {**self.window.summary(), "learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens": self.tokens})
+        self.window = Window()
+
+    def _final_metrics(self) -> dict[str, float]:
+        """Held-out metrics of the weights that are saved: the last ones, or the best if asked for."""
+        if self.evaluated is None or self.evaluated[0] != self.step:
+            metrics = self._evaluate()
+            if not self.stopping.stop:  # else it was seen in the step that ended the run
+                self.stopping.see(self.step, metrics)
+        assert self.evaluated is not None
+        best = self.stopping.best_step
+        if self.arguments.load_best_model_at_end and best not in (0, self.step):
+            self._load_best(self.output_dir / f"checkpoint-{best}")
+            return {f"eval_{name}": value for name, value in self._measure().items()}
+        return {f"eval_{name}": value for name, value in self.evaluated[1].items()}
+
+    def _load_best(self, checkpoint: Path) -> None:
+        loaded = load_model(str(checkpoint), type(self.task.model).__name__)
+        self.task.model.load_state_dict(loaded.state_dict())
 
     def _optimize(self) -> tuple[float, dict[str, float], float, int]:
         """One optimizer step. Returns (summed loss, summed metrics, items, tokens) over all processes."""
@@ -168,7 +165,7 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm or math.inf)
         # A gradient scaler (fp16) leaves out steps whose gradient overflows, so there that is no failure.
         if not math.isfinite(reduced[0]) or not (accelerator.scaler or math.isfinite(norm)):
-            raise _diverged(f"loss {reduced[0]} and gradient norm {float(norm)} in step {self.step + 1}")
+            raise diverged(f"loss {reduced[0]} and gradient norm {float(norm)} in step {self.step + 1}")
         factor = learning_rate_factor(self.step, arguments)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -189,55 +186,48 @@ class Trainer:
         return objective, loss, {**metrics, **{f"kan_{name}": value * items for name, value in penalty.values.items()}}
 
     def _evaluate(self) -> dict[str, float]:
+        """Held-out metrics, and a line of them."""
+        metrics = self._measure()
+        self.journal.write(self.step, {f"eval_{name}": value for name, value in metrics.items()})
+        self.evaluated = (self.step, metrics)
+        return metrics
+
+    def _measure(self) -> dict[str, float]:
         self.module.eval()
         with torch.no_grad():
             metrics = self.task.evaluate()
         self.accelerator.wait_for_everyone()
         if not all(math.isfinite(value) for value in metrics.values()):
-            raise _diverged(f"{metrics} on held-out text after step {self.step}")
+            raise diverged(f"{metrics} on held-out text after step {self.step}")
         return metrics
 
     def _check_weights(self) -> None:
         """Before weights are written: the last step may have ruined them."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
-            raise _diverged(f"weights that are not finite after step {self.step}")
-
-    def _log(self, values: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            path = self.output_dir / "metrics.jsonl"
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": self.step, **values}) + "\n")
-            except OSError as error:
-                raise CheckpointError("write the metrics", subject=path, got=reason(error), hint="Free some space and go on by --resume.") from error
-
-    def _cut_metrics(self) -> None:
-        """After a resume the lines of steps that will run again are dropped, so that the file is one curve."""
-        path = self.output_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step]
-        if self.step >= self.arguments.max_steps:  # a finished run is evaluated again
-            kept = [line for line in kept if _step_of(line) < self.step or "eval_" not in line]
-        replace_file(path, "".join(line + "\n" for line in kept))
+            raise diverged(f"weights that are not finite after step {self.step}")
 
     def _save(self) -> None:
-        """A complete checkpoint of model, optimizer and every process' random state."""
+        """A complete checkpoint of model, optimizer, what decides when to stop, and every process' random state."""
         states = self._gather_random_states()
         if self.accelerator.is_main_process:
             info = {"step": self.step, "tokens": self.tokens, "arguments": dataclasses.asdict(self.arguments)}
+            state = {"optimizer": self.optimizer.state_dict(), "random": states, "window": self.window.state(), "stopping": self.stopping.state()}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
 
             def fill(folder: Path) -> None:
                 self._save_model(folder)
-                torch.save({"optimizer": self.optimizer.state_dict(), "random": states, "window": self.window.state()}, folder / "training_state.pt")
+                torch.save(state, folder / "training_state.pt")
 
             write_folder(self.output_dir / f"checkpoint-{self.step}", fill, info)
-            drop_old(self.output_dir, self.arguments.save_total_limit)
+            drop_old(self.output_dir, self.arguments.save_total_limit, self.stopping.best_step if self.arguments.load_best_model_at_end else None)
         self.accelerator.wait_for_everyone()
 
-    def _gather_random_states(self) -> list[Tensor]:
+    def _gather_random_states(self) -> list[list[Tensor]]:
         from accelerate.utils import gather_object
 
-        return gather_object([torch.get_rng_state()])
+        device = self.accelerator.device
+        return gather_object([[torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]])
 
     def _load(self, checkpoint: Path) -> None:
         try:
@@ -245,12 +235,29 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.tokens = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["tokens"]
             self.window.sums, self.window.count = state["window"]
+            self.stopping.load(state.get("stopping") or self.stopping.state())  # version 0.2 had none
+            if self.accelerator.scaler is not None and "scaler" in state:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
         except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 "go on from the checkpoint", subject=checkpoint, got=reason(error), hint="Delete that folder to go on from the checkpoint before it."
             ) from error
+        best = self.output_dir / f"checkpoint-{self.stopping.best_step}"
+        if self.arguments.load_best_model_at_end and self.stopping.best_step and not best.is_dir():
+            raise CheckpointError(
+                "go on from the checkpoint",
+                subject=checkpoint,
+                got=f"no {best.name}, whose model is the best so far",
+                hint="Go on without --load_best_model_at_end.",
+            )
         if len(state["random"]) == self.accelerator.num_processes:
-            torch.set_rng_state(state["random"][self.accelerator.process_index])
+            self._set_random_state(state["random"][self.accelerator.process_index])
+
+    def _set_random_state(self, states: list[Tensor] | Tensor) -> None:
+        host, *device = states if isinstance(states, list) else [states]  # up to version 0.2 the host's alone
+        torch.set_rng_state(host)
+        if device and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(device[0], self.accelerator.device)
 
     def _save_model(self, folder: Path) -> None:
         self.task.model.save_pretrained(folder)  # type: ignore[operator]
@@ -265,79 +272,10 @@ class Trainer:
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
             write_folder(self.output_dir / "model", self._save_final)
-            replace_file(self.output_dir / _RESULTS, json.dumps(self.results, indent=2))
+            replace_file(self.output_dir / RESULTS, json.dumps(self.results, indent=2))
         self.accelerator.wait_for_everyone()
-
-
-def start_run(arguments: LoopArguments) -> tuple[int, Path | None, Any]:
-    """(first step, checkpoint to go on from, accelerator) of a run whose settings are good; see `prepare_output` and `make_accelerator`."""
-    from accelerate.utils import set_seed
-
-    start, checkpoint = prepare_output(arguments)
-    accelerator = make_accelerator()
-    set_seed(arguments.seed)
-    quiet_transformers()
-    return start, checkpoint, accelerator
-
-
-def prepare_output(arguments: LoopArguments) -> tuple[int, Path | None]:
-    """(first step, checkpoint to go on from) for an output folder.
-
-    Raises:
-        ConfigError: no output_dir, or one that holds another run while `resume` is off.
-        CheckpointError: the folder cannot be written.
-    """
-    if not arguments.output_dir:
-        raise ConfigError("start training", got="no output_dir", hint="Give a folder: --output_dir runs/mine.")
-    folder = Path(arguments.output_dir)
-    check_writable(folder)
-    checkpoints = complete_checkpoints(folder)
-    if arguments.resume:
-        return checkpoints[-1] if checkpoints else (0, None)
-    if checkpoints or (folder / _RESULTS).exists():
-        raise ConfigError(
-            "start training",
-            subject=f"output_dir={folder}",
-            got="a folder that holds another run",
-            hint="Go on with it by --resume, or choose another output_dir.",
-        )
-    return 0, None
-
-
-class _Window:
-    """Means since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count, self.tokens, self.started = 0.0, 0, time.time()
-
-    def add(self, loss: float, metrics: dict[str, float], count: float, tokens: int) -> None:
-        for name, value in {"loss": loss, **metrics}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count, self.tokens = self.count + count, self.tokens + tokens
-
-    def state(self) -> tuple[dict[str, float], float]:
-        """What a checkpoint keeps, so that the next line is the same after a resume; the speed is measured anew."""
-        return self.sums, self.count
-
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(time.time() - self.started, 1e-9)
-
-    def summary(self) -> dict[str, float]:
-        return {**{name: value / self.count for name, value in self.sums.items()}, "tokens_per_second": round(self.tokens_per_second(), 1)}
-
-
-def _diverged(got: str) -> TrainingDiverged:
-    return TrainingDiverged("go on training", got=got, hint="Lower the learning rate; the checkpoints before this step stand.")
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return 1 << 62  # a line cut by a crash

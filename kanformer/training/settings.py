@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kanformer.training.arguments import option
 
 REST = ("none", "norms", "all")
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 TASKS = ("causal_lm", "masked_lm", "classification")
 
 
@@ -41,18 +41,33 @@ class LoopArguments:
     new_module_learning_rate: float = option(1e-3, "of the KAN blocks", ge=0)
     spline_learning_rate: float | None = option(None, "of the learned functions, if not that of the KAN blocks", ge=0)
     weight_decay: float = option(0.0, "on matrices; never on splines, biases and norms", ge=0)
-    lr_scheduler_type: str = option("cosine", "after the warm-up", SCHEDULES)
+    lr_scheduler_type: str = option("cosine", "after the warm-up (cosine: down to 5 %)", SCHEDULES)
     warmup_steps: float = option(0.05, "steps, or a share of max_steps if below 1", ge=0)
     kan_l1: float = option(0.0, "weight of the summed mean |phi| of all edges, see kanformer.regularize; a sum over millions: 1e-7 is much", ge=0)
     kan_entropy: float = option(0.0, "weight of the summed entropy of the edges' magnitudes, layer by layer", ge=0)
     kan_smoothness: float = option(0.0, "weight of the summed squared second derivatives of the learned functions", ge=0)
     max_grad_norm: float = option(1.0, "gradient clipping; 0 switches it off", ge=0)
+    bf16: bool = option(False, "mixed precision, whatever accelerate launch says")
+    fp16: bool = option(False, "the same with half precision and a gradient scaler; needs a GPU")
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", ge=1)
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
+    eval_on_start: bool = option(False, "evaluate before the first step too")
+    metric_for_best_model: str | None = option(None, "what evaluations are compared by; absent: loss, or fvu in distillation")
+    greater_is_better: bool | None = option(None, "whether more of it is better; absent: for accuracy only")
+    early_stopping_patience: int | None = option(None, "stop after so many evaluations in a row that are not better than the best before", ge=1)
+    early_stopping_threshold: float = option(0.0, "by how much better they must be", ge=0)
+    load_best_model_at_end: bool = option(False, "the final model is that of the best evaluation; its checkpoint is written then and kept")
+    loss_watchdog_threshold: float | None = option(None, "a loss above it counts as diverging")
+    loss_watchdog_patience: int = option(3, "steps in a row of such a loss that end the run with exit code 3", ge=1)
     save_steps: int = option(0, "steps between checkpoints; 0: only the final model", ge=0)
     save_total_limit: int | None = option(2, "checkpoints to keep", ge=1)
     resume: bool = option(False, "go on from the newest complete checkpoint in output_dir")
     seed: int = option(0, "of data order, dropout and new weights", ge=0, le=2**32 - 1)
+    report_to: str | list = option(
+        "none", "trackers that get the metrics too: tensorboard, wandb, trackio, several with commas, all that are installed, or none"
+    )
+    project: str = option("kanformer", "its name in the trackers")
+    run_name: str | None = option(None, "the run's name there; absent: that of output_dir")
     disable_tqdm: bool = option(False, "no progress bar")
     progress_position: int = option(0, "line of the progress bar, for runs side by side", ge=0)
 
