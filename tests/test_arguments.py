@@ -11,7 +11,7 @@ from kanformer.cli import _COMMANDS
 from kanformer.errors import ConfigError
 from kanformer.evaluation.settings import EvaluateArguments
 from kanformer.training.arguments import option, parse_arguments, to_yaml
-from kanformer.training.settings import DistillArguments, FinetuneArguments
+from kanformer.training.settings import CalibrateArguments, DistillArguments, FinetuneArguments
 from training_cases import ROOT, python
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -168,9 +168,11 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_config_of_the_project_is_valid(path):
-    cls = {"distill": DistillArguments, "evaluate": EvaluateArguments, "finetune": FinetuneArguments}[path.name.partition("_")[0]]
+    kinds = {"calibrate": CalibrateArguments, "distill": DistillArguments, "evaluate": EvaluateArguments, "finetune": FinetuneArguments}
+    cls = kinds[path.name.partition("_")[0]]
     found = parse("--config", str(path), cls=cls)
-    assert found.output_dir.startswith("runs/") and path.stem.removeprefix("finetune_") in (getattr(found, "task", None) or path.stem, path.stem)
+    folder = found.out if cls is CalibrateArguments else found.output_dir
+    assert folder.startswith("runs/") and path.stem.removeprefix("finetune_") in (getattr(found, "task", None) or path.stem, path.stem)
 
 
 def test_there_are_configs():
@@ -212,4 +214,4 @@ print(sorted({"torch", "transformers", "accelerate", "datasets", "matplotlib", "
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 8
+    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 9

@@ -147,6 +147,9 @@ def test_an_evaluation_at_the_start_changes_nothing_else(tmp_path, inputs):
     first, *rest = curve(tmp_path / "True")
     assert first["step"] == 0 and first["eval_loss"] > 0 and "loss" not in first
     assert rest == curve(tmp_path / "False") and same_weights(tmp_path / "True", tmp_path / "False")
+    (tmp_path / "True" / "all_results.json").unlink()  # no checkpoint: it starts anew, and so does the file
+    run_finetune(*inputs, tmp_path / "True", eval_on_start=True, max_steps=3, resume=True)
+    assert curve(tmp_path / "True") == [first, *rest]
 
 
 def test_distillation_stops_by_the_variance_that_is_unexplained(tmp_path, inputs):

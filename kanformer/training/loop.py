@@ -119,9 +119,7 @@ class Trainer:
     def _final_metrics(self) -> dict[str, float]:
         """Held-out metrics of the weights that are saved: the last ones, or the best if asked for."""
         if self.evaluated is None or self.evaluated[0] != self.step:
-            metrics = self._evaluate()
-            if not self.stopping.stop:  # else it was seen in the step that ended the run
-                self.stopping.see(self.step, metrics)
+            self.stopping.see(self.step, self._evaluate())
         assert self.evaluated is not None
         best = self.stopping.best_step
         if self.arguments.load_best_model_at_end and best not in (0, self.step):
