@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kanformer.errors import CheckpointError
-from kanformer.training.checkpoint import MARKER, complete_checkpoints, drop_old, replace_file, write_folder
+from kanformer.surgery.folders import MARKER, replace_file, write_folder
+from kanformer.training.checkpoint import complete_checkpoints, drop_old
 from training_cases import python
 
 
@@ -77,7 +78,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from kanformer.errors import CheckpointError
-from kanformer.training.checkpoint import write_folder
+from kanformer.surgery.folders import write_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 large = {"a": torch.zeros(100_000)}

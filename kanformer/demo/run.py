@@ -27,10 +27,10 @@ from kanformer.interpret import plot_model
 from kanformer.surgery.apply import patch_model
 from kanformer.surgery.calibrate import calibrate
 from kanformer.surgery.compare import compare
+from kanformer.surgery.folders import replace_file
 from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.surgery.plan import plan_surgery
 from kanformer.training.arguments import to_yaml
-from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import pad_token, tokenize
 from kanformer.training.distill import store_states
 from kanformer.training.settings import DistillArguments

@@ -11,7 +11,7 @@ from kanformer.config import KANConfig
 from kanformer.configs import Configs
 from kanformer.conversion import FFNStatistics, convert
 from kanformer.errors import ConfigError, NoFeedForwardError
-from kanformer.surgery.assemble import KANModule, assemble, block_paths
+from kanformer.surgery.assemble import KANModule, assemble, dense_blocks
 from kanformer.surgery.calibrate import collect_statistics
 from kanformer.surgery.calibration import Calibration
 from kanformer.surgery.cautions import warn_of_losses
@@ -183,7 +183,7 @@ def _check_complete(plan: SurgeryPlan) -> None:
 
 
 def _build(site: Site, config: KANConfig, statistics: dict[str, FFNStatistics]) -> KANModule:
-    blocks = [convert(dense, config, statistics.get(path)) for path, dense in zip(block_paths(site), site.denses(), strict=True)]
+    blocks = [convert(dense, config, statistics.get(path)) for path, dense in dense_blocks(site).items()]
     module = assemble(site, blocks)
     keep_state(site, module)
     return module

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kanformer.conversion import DenseFFN
 from kanformer.layers import KANExperts, KANFeedForward
+from kanformer.surgery.fused import expert_count
 from kanformer.surgery.sentinel import add_sentinel
 from kanformer.surgery.sites import Site
 
@@ -19,7 +21,17 @@ def block_paths(site: Site) -> list[str]:
     """A name for each of a site's blocks, in their order: the site's path, or one below it per expert."""
     if not site.spec.experts:
         return [site.path]
-    return [f"{site.path}{_EXPERT}{i}" for i in range(len(site.denses()))]
+    return [f"{site.path}{_EXPERT}{i}" for i in range(expert_count(site.owner, site.spec))]
+
+
+def dense_blocks(site: Site) -> dict[str, DenseFFN]:
+    """A site's blocks as plain tensors, by `block_paths`."""
+    return dict(zip(block_paths(site), site.denses(), strict=True))
+
+
+def blocks_of(module: KANModule) -> list[KANFeedForward]:
+    """The KAN-FFNs that a slot holds: one, or one per expert."""
+    return [module] if isinstance(module, KANFeedForward) else list(module.kan_experts)  # type: ignore[list-item]
 
 
 def site_path(path: str) -> str:

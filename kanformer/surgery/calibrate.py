@@ -14,7 +14,7 @@ from kanformer.conversion.batches import run_batches, select_tokens, token_mask
 from kanformer.conversion.error_curve import ErrorCurve, error_curve
 from kanformer.conversion.processes import several, together
 from kanformer.errors import DataError
-from kanformer.surgery.assemble import block_paths
+from kanformer.surgery.assemble import block_paths, dense_blocks
 from kanformer.surgery.calibration import BlockForm, Calibration
 from kanformer.surgery.calibration_run import Run
 from kanformer.surgery.discover import find_sites
@@ -111,8 +111,8 @@ def collect_into(
         for handle in handles:
             handle.remove()
     if several():
-        for site, paths in names.items():
-            for path, dense in zip(paths, site.denses(), strict=True):
+        for site in names:
+            for path, dense in dense_blocks(site).items():
                 statistics[path].all_reduce(dense)
     empty = [site.path for site, paths in names.items() if not any(statistics[path].tokens for path in paths)]
     if empty:
@@ -125,7 +125,7 @@ def collect_into(
 def _empty(model: nn.Module, sites: Sequence[Site], *, gram: bool, linear: bool) -> Calibration:
     statistics, forms = {}, {}
     for site in sites:
-        for path, dense in zip(block_paths(site), site.denses(), strict=True):
+        for path, dense in dense_blocks(site).items():
             statistics[path], forms[path] = FFNStatistics(path, gram, linear), BlockForm.of(dense)
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     return Calibration(statistics, gram, forms, model_class=type(model).__name__, base_model=str(name or ""))
@@ -142,7 +142,7 @@ def _fresh(batches: Iterable[Mapping[str, Any]], done: int, first: list[Mapping[
 
 def _curves(sites: Sequence[Site], statistics: dict[str, FFNStatistics]) -> dict[str, ErrorCurve]:
     """The error curves of all blocks that can be pruned and saw tokens."""
-    pairs = [pair for site in sites for pair in zip(block_paths(site), site.denses(), strict=True)]
+    pairs = [pair for site in sites for pair in dense_blocks(site).items()]
     return {path: error_curve(dense, statistics[path]) for path, dense in pairs if dense.hidden_norm is None and statistics[path].tokens}
 
 

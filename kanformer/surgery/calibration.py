@@ -12,7 +12,7 @@ from kanformer.conversion import DenseFFN, FFNStatistics
 from kanformer.conversion.error_curve import ErrorCurve
 from kanformer.conversion.widths import mlp_parameters
 from kanformer.errors import ConfigError
-from kanformer.surgery.assemble import block_paths, site_path
+from kanformer.surgery.assemble import dense_blocks, site_path
 from kanformer.surgery.sites import Site
 from kanformer.surgery.tables import table
 
@@ -91,7 +91,7 @@ class Calibration:
             raise ConfigError("prune", got="a calibration without Gram matrices", hint="Calibrate with gram=True.")
         found: dict[str, FFNStatistics] = {}
         for site in sites:
-            for path, dense in zip(block_paths(site), site.denses(), strict=True):
+            for path, dense in dense_blocks(site).items():
                 seen = self.statistics.get(path)
                 widths = (dense.in_features, dense.hidden_features)
                 if seen is None or (seen.tokens and (seen.inputs.total.numel(), seen.hidden.total.numel()) != widths):

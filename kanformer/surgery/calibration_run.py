@@ -10,7 +10,7 @@ from typing import Any
 
 from kanformer.conversion.processes import several
 from kanformer.errors import ConfigError
-from kanformer.surgery.assemble import block_paths
+from kanformer.surgery.assemble import dense_blocks
 from kanformer.surgery.calibration import Calibration
 from kanformer.surgery.calibration_files import read_calibration, write_calibration
 from kanformer.surgery.folders import recover, replace_file
@@ -52,7 +52,7 @@ class Run:
             got = "the state of other data, settings or another model"
             raise ConfigError("go on with the calibration", subject=self.folder, got=got, hint="Start again without --resume.")
         for site in sites:
-            for path, dense in zip(block_paths(site), site.denses(), strict=True):
+            for path, dense in dense_blocks(site).items():
                 calibration.statistics[path] = saved.statistics[path].to(dense.up_weight.device)
         self.done = self.seen = self.written = int(running["batches"])
         return self.done

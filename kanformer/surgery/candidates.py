@@ -7,13 +7,12 @@ import inspect
 import itertools
 import re
 from collections.abc import Hashable, Iterable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kanformer.layers.base_functions import NAMES
 from kanformer.surgery.check import disagreement
-from kanformer.surgery.modules import get_path
+from kanformer.surgery.modules import find_path
 from kanformer.surgery.products import possible_products
 from kanformer.surgery.sites import Site
 from kanformer.surgery.spec import FFNSpec
@@ -61,17 +60,17 @@ def checked_disagreement(site: Site) -> str | None:
 def experts_spec(module: nn.Module) -> FFNSpec | None:
     """A module whose parameters hold the weights of all experts."""
     for gate, up, down in _STACKED:
-        if all(isinstance(_get(module, name), nn.Parameter) for name in (gate, up, down) if name):
+        if all(isinstance(find_path(module, name), nn.Parameter) for name in (gate, up, down) if name):
             break
     else:
         return None
-    if _get(module, down).dim() != (2 if "." in down else 3):  # type: ignore[union-attr]
+    if find_path(module, down).dim() != (2 if "." in down else 3):  # type: ignore[union-attr]
         return None
     base = FFNSpec(name="experts", owner=re.escape(type(module).__name__), gate=gate, up=up, activation="", down=down)
     orders = (None,) if gate or up == "up_proj" else ("gate_first", "interleaved", "up_first")
     if getattr(module, "is_concatenated", True) is False:
         orders = ("interleaved",)
-    norm = "post_expert_norm" if isinstance(_get(module, "post_expert_norm"), nn.Module) else None
+    norm = "post_expert_norm" if isinstance(find_path(module, "post_expert_norm"), nn.Module) else None
     turned = getattr(module, "is_transposed", None)
     layouts = {True: ("yes",), False: (None,), None: ("down",) if "." in down else (None, "yes")}[turned]
     calls = ("routed",) if turned is not None else _calls(module)
@@ -87,7 +86,7 @@ def _calls(module: nn.Module) -> tuple[str, ...]:
 
 
 def _filled(module: nn.Module, spec: FFNSpec) -> list[FFNSpec]:
-    activation = next((name for name in _ACTIVATIONS if callable(_get(module, name))), None)
+    activation = next((name for name in _ACTIVATIONS if callable(find_path(module, name))), None)
     names = (activation,) if activation else NAMED
     specs = [dataclasses.replace(spec, activation=spec.activation or name) for name in names]
     if not (spec.gate or spec.fused):
@@ -132,12 +131,4 @@ def _likeness(module: nn.Module, spec: FFNSpec) -> Hashable:
     functions = tuple((name, getattr(value, "__code__", repr(value))) for name, value in vars(module).items() if callable(value))
     tensors = tuple((name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in (*module.named_parameters(), *module.named_buffers()))
     children = tuple((name, type(child)) for name, child in module.named_modules())
-    return tuple(sorted((name, str(value)) for name, value in plain.items())), functions, tensors, children, str(_get(module, spec.activation))
-
-
-def _get(module: nn.Module, path: str) -> Any:
-    try:
-        found = get_path(module, path)
-    except AttributeError:
-        return None
-    return found if isinstance(found, nn.Module | Tensor) or callable(found) else None
+    return tuple(sorted((name, str(value)) for name, value in plain.items())), functions, tensors, children, str(find_path(module, spec.activation))

@@ -15,6 +15,7 @@ from kanformer.layers import KANExperts, KANFeedForward
 from kanformer.layers.base_functions import has_parameters
 from kanformer.layers.edge_functions import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear
+from kanformer.surgery.assemble import blocks_of
 from kanformer.surgery.record import PatchRecord, SiteRecord, get_records
 from kanformer.surgery.tables import table
 
@@ -144,13 +145,13 @@ def _entries(holder: nn.Module, record: PatchRecord) -> Iterator[tuple[nn.Module
 
 
 def _costs(path: str, module: KANFeedForward | KANExperts, entry: SiteRecord | None) -> BlockCosts:
-    block, count = (module, 1) if isinstance(module, KANFeedForward) else (module.kan_experts[0], len(module.kan_experts))
-    assert isinstance(block, KANFeedForward)
+    blocks = blocks_of(module)
+    block, count = blocks[0], len(blocks)
     if entry is None:
         raise SurgeryError("compare", subject=path, got="a KAN-FFN that patch_model did not put there", hint="Compare the model that was patched.")
     up_bias = any("bias" in name for name, _ in block.kan_up.named_parameters())
     norm = [] if isinstance(module, KANFeedForward) or module.expert_norm is None else list(module.expert_norm.parameters())
-    parameters = [*(p for each in _blocks(module) for p in each.parameters()), *norm]
+    parameters = [*(p for each in blocks for p in each.parameters()), *norm]
     mlp = mlp_parameters(block.in_features, entry.mlp_hidden, gated=block.gated, up_bias=up_bias, down_bias=entry.mlp_down_bias)
     mlp = count * (mlp + _carried(block)) + sum(p.numel() for p in norm)
     return BlockCosts(
@@ -165,10 +166,6 @@ def _costs(path: str, module: KANFeedForward | KANExperts, entry: SiteRecord | N
         mlp_flops=_linear_flops(block.in_features, entry.mlp_hidden, block.gated) + entry.mlp_hidden * (2 if block.gated else 1),
         kan_flops=_kan_flops(block),
     )
-
-
-def _blocks(module: KANFeedForward | KANExperts) -> list[nn.Module]:
-    return [module] if isinstance(module, KANFeedForward) else list(module.kan_experts)
 
 
 def _carried(block: KANFeedForward) -> int:

@@ -29,6 +29,14 @@ def get_path(root: Any, path: str) -> Any:
     return root
 
 
+def find_path(root: Any, path: str) -> Any:
+    """What `get_path` finds, or None where there is nothing."""
+    try:
+        return get_path(root, path)
+    except AttributeError:
+        return None
+
+
 def join(*parts: str) -> str:
     """A dotted path from its non-empty parts."""
     return ".".join(part for part in parts if part)

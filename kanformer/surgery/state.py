@@ -6,9 +6,9 @@ import sys
 
 from torch import nn
 
-from kanformer.layers import KANExperts, KANFeedForward
+from kanformer.layers import KANFeedForward
 from kanformer.layers.kan_linear import KANLinear
-from kanformer.surgery.assemble import KANModule
+from kanformer.surgery.assemble import KANModule, blocks_of
 from kanformer.surgery.sites import Site
 
 HOOKS = (
@@ -28,8 +28,7 @@ def keep_state(site: Site, module: KANModule) -> None:
     slot = site.part(site.spec.slot) if site.spec.slot else site.owner
     module.train(slot.training)
     trained = _trained(site)
-    for block in module.kan_experts if isinstance(module, KANExperts) else [module]:
-        assert isinstance(block, KANFeedForward)
+    for block in blocks_of(module):
         _keep_modes(site, slot, block)
         _keep_gradients(trained, block)
     if site.spec.structure in ("module", "experts"):

@@ -15,7 +15,7 @@ from torch import nn
 from kanformer.layers.base_functions import base_function
 from kanformer.surgery.candidates import NAMED, best_spec, experts_spec
 from kanformer.surgery.check import disagreement
-from kanformer.surgery.modules import bare, get_path, is_conv1d, is_linear, linear_tensors
+from kanformer.surgery.modules import bare, find_path, get_path, is_conv1d, is_linear, linear_tensors
 from kanformer.surgery.sites import Site
 from kanformer.surgery.source import calls_of, chains_of
 from kanformer.surgery.spec import FFNSpec
@@ -68,7 +68,7 @@ def _split(module: nn.Module, first: str, second: str, name: str) -> FFNSpec | N
     if not _maps(module, up, down):
         return None
     inner = get_path(module, first)
-    activation = next((f"{first}.{each}" for each in ("intermediate_act_fn", "activation", "act") if callable(_get(module, f"{first}.{each}"))), None)
+    activation = next((f"{first}.{each}" for each in ("intermediate_act_fn", "activation", "act") if callable(find_path(module, f"{first}.{each}"))), None)
     activation = activation or _named_activation(inner, name)
     if activation is None:
         return None
@@ -204,7 +204,7 @@ def _inline_parts(module: nn.Module, steps: list[str]) -> tuple[str | None, ...]
 
 def _is_idle(module: nn.Module, name: str) -> bool:
     """A dropout, or a random depth, with probability 0."""
-    part = _get(module, name.removeprefix("p="))
+    part = find_path(module, name.removeprefix("p="))
     if isinstance(part, nn.Module) and type(part).__name__.endswith("DropPath"):
         part = getattr(part, "drop_prob", 1.0) or 0.0
     return (part.p if isinstance(part, nn.Dropout) else part) == 0
@@ -214,16 +214,9 @@ def _own(module: nn.Module) -> str:
     return re.escape(type(module).__name__)
 
 
-def _get(module: nn.Module, path: str):
-    try:
-        return get_path(module, path)
-    except AttributeError:
-        return None
-
-
 def _maps(module: nn.Module, up: str, down: str, halves: int = 1) -> bool:
     """Whether these are linear maps d -> h -> d, the first with so many times h outputs."""
-    first, second = _get(module, up), _get(module, down)
+    first, second = find_path(module, up), find_path(module, down)
     if not is_linear(first, module) or not is_linear(second, module):
         return False
     outputs, inputs = linear_tensors(second)[0].shape
@@ -231,7 +224,7 @@ def _maps(module: nn.Module, up: str, down: str, halves: int = 1) -> bool:
 
 
 def _is_activation(module: nn.Module, name: str) -> bool:
-    part = _get(module, name)
+    part = find_path(module, name)
     if isinstance(part, nn.Module):
         return all(parameter.numel() == 1 for parameter in part.parameters()) and not isinstance(part, nn.Dropout | nn.Identity)
     return callable(part) and not inspect.ismethod(part)
@@ -239,12 +232,12 @@ def _is_activation(module: nn.Module, name: str) -> bool:
 
 def _is_norm(module: nn.Module, name: str) -> bool:
     """A module with parameters that is no map: whatever it does, it is carried along."""
-    part = _get(module, name)
+    part = find_path(module, name)
     return isinstance(part, nn.Module) and not is_linear(part, module) and next(part.parameters(), None) is not None
 
 
 def _is_dropout(module: nn.Module, name: str) -> bool:
-    part = _get(module, name.removeprefix("p="))
+    part = find_path(module, name.removeprefix("p="))
     return isinstance(part, int | float) if name.startswith("p=") else isinstance(part, nn.Dropout)
 
 

@@ -6,9 +6,8 @@ import re
 import shutil
 from pathlib import Path
 
-from kanformer.surgery.folders import MARKER, check_writable, reason, replace_file, write_folder
+from kanformer.surgery.folders import MARKER
 
-__all__ = ["MARKER", "RESULTS", "check_writable", "complete_checkpoints", "drop_old", "reason", "replace_file", "write_folder"]
 RESULTS = "all_results.json"  # written last of all
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from kanformer.conversion.batches import select_tokens
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
+from kanformer.surgery.folders import replace_file
 from kanformer.surgery.record import get_record
 from kanformer.surgery.sites import Site
 from kanformer.training.block_pairs import Unexplained, watched_blocks
-from kanformer.training.checkpoint import replace_file
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
 from kanformer.training.loop import Trainer
 from kanformer.training.models import load_patched, teacher_sites

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kanformer.errors import CheckpointError
-from kanformer.training.checkpoint import reason, replace_file
+from kanformer.surgery.folders import reason, replace_file
 
 
 class Journal:

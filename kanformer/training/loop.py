@@ -17,10 +17,11 @@ from torch import Tensor
 
 from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError
+from kanformer.surgery.folders import reason, replace_file, write_folder
 from kanformer.surgery.hub import save_pretrained
 from kanformer.surgery.loading import load_model
 from kanformer.training.arguments import to_yaml
-from kanformer.training.checkpoint import RESULTS, drop_old, reason, replace_file, write_folder
+from kanformer.training.checkpoint import RESULTS, drop_old
 from kanformer.training.data import Order, micro_batches
 from kanformer.training.journal import Journal, Window
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from kanformer.errors import ConfigError
+from kanformer.surgery.folders import check_writable
 from kanformer.surgery.loading import quiet_transformers
-from kanformer.training.checkpoint import RESULTS, check_writable, complete_checkpoints
+from kanformer.training.checkpoint import RESULTS, complete_checkpoints
 from kanformer.training.settings import LoopArguments
 from kanformer.training.trackers import wanted_trackers
 

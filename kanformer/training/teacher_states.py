@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.errors import CheckpointError
-from kanformer.training.checkpoint import reason, replace_file
+from kanformer.surgery.folders import reason, replace_file
 from kanformer.training.data import pad
 
 _BATCH = 32
