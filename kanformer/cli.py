@@ -58,6 +58,12 @@ _COMMANDS = {
         "kanformer.evaluation.run:evaluate",
         "kanformer evaluate --config configs/evaluate_minilm.yaml --train_file text.txt",
     ),
+    "study": Command(
+        "compare KANs with pruned, random and linear controls at equal parameters",
+        "kanformer.study.settings:StudyArguments",
+        "kanformer.study.run:study",
+        "kanformer study --config configs/study_minilm.yaml --dry_run",
+    ),
     "plot": Command(
         "draw the learned functions of every layer",
         "kanformer.commands:PlotArguments",

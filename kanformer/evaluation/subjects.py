@@ -40,8 +40,11 @@ class Subjects:
     notes: list[str] = field(default_factory=list)
 
 
-def load_subjects(arguments: EvaluateArguments) -> Subjects:
+def load_subjects(arguments: EvaluateArguments, model: nn.Module | None = None) -> Subjects:
     """Loads and checks what the settings name.
+
+    Args:
+        model: a patched model at hand, in the place of the checkpoint `model_name_or_path`.
 
     Raises:
         ConfigError: a model that does not fit the task, the texts or the device. SurgeryError: a model that is not patched, a teacher that is, or of
@@ -50,7 +53,7 @@ def load_subjects(arguments: EvaluateArguments) -> Subjects:
     device = _device(arguments.device)
     names = (arguments.tokenizer_name, arguments.teacher_name_or_path, arguments.model_name_or_path)
     tokenizer = load_tokenizer(next(name for name in names if name))
-    patched, task = _load(arguments.model_name_or_path, arguments, arguments.task)
+    patched, task = _load(arguments.model_name_or_path, arguments, arguments.task, model)
     if not is_patched(patched):
         raise SurgeryError("evaluate", subject=arguments.model_name_or_path, got="a model that is not patched", hint="Patch it first (kanformer patch).")
     get_record(patched, "evaluate")  # of one model, not of parts that were patched by themselves
@@ -79,9 +82,9 @@ def load_subjects(arguments: EvaluateArguments) -> Subjects:
     return found
 
 
-def _load(name: str, arguments: EvaluateArguments, task: str | None) -> tuple[nn.Module, str]:
+def _load(name: str, arguments: EvaluateArguments, task: str | None, model: nn.Module | None = None) -> tuple[nn.Module, str]:
     """The model in the task's class, and the task, which without one is what the model's own class is for."""
-    model = load_model(name, AUTO_CLASSES.get(task or ""), attn_implementation=arguments.attn_implementation)
+    model = model or load_model(name, AUTO_CLASSES.get(task or ""), attn_implementation=arguments.attn_implementation)
     config: Any = model.config
     own = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,10 +45,23 @@ def parse_arguments(cls: type[T], argv: Sequence[str], prog: str, description: s
             overrides.append((name, text))
     for name, text in overrides:
         _override(values, name, text, fields, hints)
+    return from_mapping(cls, values, "command line")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Builds `cls` from a mapping of settings; `where` says in an error which mapping it is.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or outside its limits.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    good = {}
     for name, value in values.items():
-        values[name] = _convert(value, hints[name], name)
-        _check(fields[name], values[name])
-    return cls(**values)
+        _known(str(name), fields, where)
+        good[name] = _convert(value, hints[name], name)
+        _check(fields[name], good[name])
+    return cls(**good)
 
 
 def read_yaml(path: str, known: typing.Iterable[str]) -> dict[str, Any]:
