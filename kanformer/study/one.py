@@ -92,7 +92,8 @@ def _tidy(folder: Path) -> None:
 
 def _end_with_parent() -> None:
     """Ends this process when the one that holds the other end of its standard input does: no run goes on unseen beside its own repetition."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not by sys.stdin, whose lock the interpreter wants when it ends
+        pass
     os._exit(1)
 
 
