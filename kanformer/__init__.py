@@ -18,18 +18,18 @@ _PUBLIC = {
     "KANLinear": "kanformer.layers",
     "SharedKANLinear": "kanformer.layers",
     "KANFeedForward": "kanformer.layers",
-    "FFNSpec": "kanformer.surgery.spec",
-    "discover": "kanformer.surgery.discovery",
-    "plan_surgery": "kanformer.surgery.plan",
-    "patch_model": "kanformer.surgery.apply",
-    "unpatch_model": "kanformer.surgery.restore",
-    "save_pretrained": "kanformer.surgery.hub",
-    "save_delta": "kanformer.surgery.delta",
-    "load_delta": "kanformer.surgery.delta",
+    "FFNSpec": "kanformer.surgery.finding.spec",
+    "discover": "kanformer.surgery.tracing.discovery",
+    "plan_surgery": "kanformer.surgery.planning.plan",
+    "patch_model": "kanformer.surgery.replacing.apply",
+    "unpatch_model": "kanformer.surgery.replacing.restore",
+    "save_pretrained": "kanformer.surgery.saving.hub",
+    "save_delta": "kanformer.surgery.saving.delta",
+    "load_delta": "kanformer.surgery.saving.delta",
     "use_backend": "kanformer.ops",
-    "calibrate": "kanformer.surgery.calibrate",
-    "load_calibration": "kanformer.surgery.calibration_files",
-    "ratios_from_importance": "kanformer.surgery.ratios",
+    "calibrate": "kanformer.surgery.calibrating.calibrate",
+    "load_calibration": "kanformer.surgery.calibrating.files",
+    "ratios_from_importance": "kanformer.surgery.calibrating.ratios",
     "regularize": "kanformer.conversion.regularize",
     "without_functions": "kanformer.conversion.functions_off",
     "compare": "kanformer.surgery.compare",
@@ -54,18 +54,18 @@ if TYPE_CHECKING:
     from kanformer.interpret import collect, plot_layer, plot_model
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
     from kanformer.ops import use_backend
-    from kanformer.surgery.apply import patch_model
-    from kanformer.surgery.calibrate import calibrate
-    from kanformer.surgery.calibration_files import load_calibration
+    from kanformer.surgery.calibrating.calibrate import calibrate
+    from kanformer.surgery.calibrating.files import load_calibration
+    from kanformer.surgery.calibrating.ratios import ratios_from_importance
     from kanformer.surgery.compare import compare
-    from kanformer.surgery.delta import load_delta, save_delta
-    from kanformer.surgery.discovery import discover
+    from kanformer.surgery.finding.spec import FFNSpec
     from kanformer.surgery.grids import outside_fractions, refine_grids, update_grids
-    from kanformer.surgery.hub import save_pretrained
-    from kanformer.surgery.plan import plan_surgery
-    from kanformer.surgery.ratios import ratios_from_importance
-    from kanformer.surgery.restore import unpatch_model
-    from kanformer.surgery.spec import FFNSpec
+    from kanformer.surgery.planning.plan import plan_surgery
+    from kanformer.surgery.replacing.apply import patch_model
+    from kanformer.surgery.replacing.restore import unpatch_model
+    from kanformer.surgery.saving.delta import load_delta, save_delta
+    from kanformer.surgery.saving.hub import save_pretrained
+    from kanformer.surgery.tracing.discovery import discover
     from kanformer.training.callback import KANCallback
     from kanformer.training.optimizer import make_optimizer
 

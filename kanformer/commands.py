@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from kanformer.config import KANConfig
-    from kanformer.surgery.calibration import Calibration
+    from kanformer.surgery.calibrating.calibration import Calibration
 
 
 @dataclass
@@ -60,12 +60,12 @@ def patch(arguments: PatchArguments) -> None:
     """Patches a checkpoint and saves it, with a model card, and its tokenizer where it has one."""
     from kanformer.configs import configs_from
     from kanformer.errors import ConfigError
-    from kanformer.surgery.apply import patch_model
-    from kanformer.surgery.calibration_files import load_calibration
+    from kanformer.surgery.calibrating.files import load_calibration
     from kanformer.surgery.compare import compare as count
     from kanformer.surgery.folders import write_folder
-    from kanformer.surgery.hub import save_pretrained
-    from kanformer.surgery.plan import plan_surgery
+    from kanformer.surgery.planning.plan import plan_surgery
+    from kanformer.surgery.replacing.apply import patch_model
+    from kanformer.surgery.saving.hub import save_pretrained
 
     _need(arguments.model, "model")
     configs = configs_from(arguments.kan, keep_original=False)
@@ -91,8 +91,8 @@ def patch(arguments: PatchArguments) -> None:
 def _divided(model: nn.Module, configs: tuple[KANConfig, ...], calibration: Calibration | None, arguments: PatchArguments) -> list[KANConfig]:
     """A config per block that the one config selects, see `ratios_from_importance`."""
     from kanformer.errors import ConfigError
-    from kanformer.surgery.plan import plan_surgery
-    from kanformer.surgery.ratios import SELECTING, ratios_from_importance
+    from kanformer.surgery.calibrating.ratios import SELECTING, ratios_from_importance
+    from kanformer.surgery.planning.plan import plan_surgery
 
     action = "divide the parameters by importance"
     if calibration is None:
@@ -126,7 +126,7 @@ def plot(arguments: PlotArguments) -> None:
 
 
 def _load(name: str):
-    from kanformer.surgery.loading import load_model, quiet_transformers
+    from kanformer.surgery.saving.loading import load_model, quiet_transformers
 
     quiet_transformers()
     return load_model(name)
@@ -134,7 +134,7 @@ def _load(name: str):
 
 def _tokenizer(name: str):
     from kanformer.errors import CheckpointError
-    from kanformer.surgery.loading import load_tokenizer
+    from kanformer.surgery.saving.loading import load_tokenizer
 
     try:
         return load_tokenizer(name)
@@ -144,7 +144,7 @@ def _tokenizer(name: str):
 
 def _batches(model: nn.Module, name: str, text: str | None, count: int, max_length: int):
     from kanformer.demo.corpus import standard_library
-    from kanformer.surgery.loading import load_tokenizer
+    from kanformer.surgery.saving.loading import load_tokenizer
     from kanformer.training.data import read_lines
     from kanformer.training.models import calibration_batches, check_length
 

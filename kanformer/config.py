@@ -46,7 +46,7 @@ class KANConfig:
         layers_to_transform: a layer number, a range as text (`"0-5"` with both ends, `"4-"`, or several: `"0-2,5"`), or a list of them; None means all.
             Negative numbers count from the end of each list of layers (-1: the last of the encoder and the last of the decoder).
         layers_pattern: name of the list whose numbers are meant ("blocks"), or several, where a path has more than one; None means the first number in it.
-        towers: parts of the model, any of "encoder", "decoder", "text", "vision" and "audio" (see `kanformer.surgery.towers`); None means all.
+        towers: parts of the model, any of "encoder", "decoder", "text", "vision" and "audio" (see `kanformer.surgery.planning.towers`); None means all.
         experts: "include" (default), "only" or "exclude" the experts of mixtures; experts that every token passes (shared_expert) do not count as such.
         keep_original: keep the MLPs beside the model, so that `unpatch_model` can put them back. If False and init="exact", the linear maps are the
             model's own tensors, so that it is patched in the memory that it has (not the stacked weights of experts that lie turned or interleaved).

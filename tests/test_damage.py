@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import kanformer
 from kanformer.errors import CheckpointError, KanformerError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from model_cases import BY_NAME, Case, blocks, disturb, same_state, snapshot
 
 WEIGHTS = "model.safetensors"

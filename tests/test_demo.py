@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kanformer.cli import main
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from model_cases import blocks
 from training_cases import checkpoint, write_text
 

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import kanformer
 from kanformer import FFNSpec, KANFeedForward
 from kanformer.errors import DataError, NoFeedForwardError, SurgeryError
-from kanformer.surgery.discover import find_sites
-from kanformer.surgery.trial import Trial
+from kanformer.surgery.finding.discover import find_sites
+from kanformer.surgery.tracing.trial import Trial
 
 BATCH = {"x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))}
 

@@ -14,7 +14,7 @@ from evaluation_cases import LENGTH, LINES, Constant, by_hand, examples, measure
 from kanformer.conversion.functions_off import without_functions
 from kanformer.evaluation.ablation import OutputMeans, block_outputs, replaced_outputs
 from kanformer.layers import KANExperts, KANFeedForward
-from kanformer.surgery.apply import patch_model
+from kanformer.surgery.replacing.apply import patch_model
 from model_cases import BY_NAME, blocks, disturb, one_case_of_each, same_state, snapshot
 from training_cases import checkpoint, tokenizer
 

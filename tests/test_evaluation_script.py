@@ -16,7 +16,7 @@ from kanformer.errors import ConfigError
 from kanformer.evaluation import speed
 from kanformer.evaluation.corpus import VARIANTS
 from kanformer.evaluation.texts import Batch
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from test_cli import refused
 from training_cases import checkpoint, python, write_text
 
@@ -172,7 +172,7 @@ def test_the_real_minilm_patched_exactly_is_itself_and_without_its_blocks_it_is_
         pytest.skip("needs the demo extra")
     from kanformer.demo.corpus import standard_library
     from kanformer.demo.settings import minilm_path
-    from kanformer.surgery.apply import patch_model
+    from kanformer.surgery.replacing.apply import patch_model
 
     model = patch_model(load_model(minilm_path()))
     model.save_pretrained(tmp_path / "kan")

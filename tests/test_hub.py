@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import kanformer
 from kanformer.cli import main
 from kanformer.errors import ConfigError, SurgeryError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from model_cases import BY_NAME, ONE_OF_EACH, blocks, disturb, same_state, snapshot
 from training_cases import checkpoint, run_distill, run_finetune, tokenizer, write_text
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import kanformer
 from kanformer.errors import NoFeedForwardError, SurgeryError
-from kanformer.surgery.state import HOOKS
+from kanformer.surgery.replacing.state import HOOKS
 from model_cases import BY_NAME, blocks, disturb, one_case_of_each
 
 _ALBERT = {"vocab_size": 99, "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from kanformer.layers import SharedKANLinear
-from kanformer.surgery.apply import patch_model
+from kanformer.surgery.replacing.apply import patch_model
 from layer_cases import BASES, D, feed_forward, trained
 from model_cases import BY_NAME, disturb
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import kanformer
 from kanformer.errors import CheckpointError, KanformerError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from layer_cases import BASES
 from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, one_case_of_each, same_state, snapshot
 

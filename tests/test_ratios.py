@@ -17,7 +17,7 @@ from kanformer.conversion.allocate import Claim, share_out
 from kanformer.conversion.error_curve import ErrorCurve, error_curve, pooled
 from kanformer.conversion.prune import prune_channels
 from kanformer.errors import ConfigError
-from kanformer.surgery.calibration import BlockForm, Calibration
+from kanformer.surgery.calibrating.calibration import BlockForm, Calibration
 from model_cases import BY_NAME, blocks
 from test_calibration import BERT, batches, mixture
 

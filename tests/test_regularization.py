@@ -14,7 +14,7 @@ from kanformer.errors import ConfigError, DataError, NoFeedForwardError
 from kanformer.layers import EdgeFunctions, KANFeedForward, KANLinear, SharedKANLinear, magnitudes
 from kanformer.layers.magnitudes import edge_magnitudes, function_magnitudes, quantile_nodes
 from kanformer.layers.regularization import entropy, smoothness
-from kanformer.surgery.apply import patch_model
+from kanformer.surgery.replacing.apply import patch_model
 from layer_cases import BASES, D, feed_forward, trained
 from model_cases import BY_NAME, disturb
 

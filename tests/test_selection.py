@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import kanformer
 from kanformer import KANConfig
 from kanformer.errors import ConfigError, NoFeedForwardError
-from kanformer.surgery.discover import find_sites
+from kanformer.surgery.finding.discover import find_sites
 from kanformer.surgery.folding import fold_paths
-from kanformer.surgery.plan import SurgeryPlan
-from kanformer.surgery.towers import towers_of
+from kanformer.surgery.planning.plan import SurgeryPlan
+from kanformer.surgery.planning.towers import towers_of
 from model_cases import _BART, _SMALL, BY_NAME, blocks, same_state, snapshot
 
 _TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,7 +12,7 @@ from torch import nn
 import kanformer
 from kanformer import KANFeedForward
 from kanformer.layers import KANExperts
-from kanformer.surgery.structure import structural_specs
+from kanformer.surgery.finding.structure import structural_specs
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 TEXT, BOTH, PIXELS = {"input_ids": IDS}, {"input_ids": IDS, "decoder_input_ids": IDS}, {"pixel_values": torch.randn(1, 3, 32, 32)}

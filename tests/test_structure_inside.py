@@ -17,7 +17,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 import kanformer
 from kanformer import KANFeedForward
 from kanformer.errors import ConfigError, NoFeedForwardError
-from kanformer.surgery.structure import structural_specs
+from kanformer.surgery.finding.structure import structural_specs
 
 IDS = torch.randint(5, 90, (2, 7), generator=torch.Generator().manual_seed(0))
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -12,10 +12,10 @@ from torch import nn
 import kanformer
 from kanformer.errors import ConfigError, DataError, NoFeedForwardError, SurgeryError
 from kanformer.layers import KANFeedForward
-from kanformer.surgery import apply
 from kanformer.surgery.folding import fold_paths
 from kanformer.surgery.modules import get_path
-from kanformer.surgery.patterns import fits
+from kanformer.surgery.planning.patterns import fits
+from kanformer.surgery.replacing import apply
 from model_cases import BY_NAME, blocks, disturb, each_case, each_dtype, one_case_of_each, same_state, snapshot
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import kanformer
 from kanformer.errors import SurgeryError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from model_cases import BY_NAME, blocks, disturb, same_state, snapshot
 from tool_cases import SIZES, VISION, decoder, encoder, reload, trained, vision
 
@@ -142,7 +142,7 @@ def test_a_model_that_is_patched_through_its_wrapper_is_saved_as_the_model_that_
 
 
 def test_two_models_in_one_wrapper_are_saved_one_by_one_and_patched_both_or_none(tmp_path, monkeypatch):
-    from kanformer.surgery import apply
+    from kanformer.surgery.replacing import apply
 
     pair = nn.ModuleDict({"bert": BY_NAME["bert"].build(), "opt": BY_NAME["opt"].build()})
     state, swap = snapshot(pair), apply.swap

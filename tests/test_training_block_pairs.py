@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kanformer.surgery.sites import Site
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.sites import Site
+from kanformer.surgery.finding.spec import FFNSpec
 from kanformer.training.block_pairs import Unexplained, watched_blocks
 
 

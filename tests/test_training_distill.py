@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kanformer.errors import ConfigError, SurgeryError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training import models
 from model_cases import same_state, snapshot
 from training_cases import checkpoint, metrics, run_distill, weights, write_text

@@ -10,7 +10,7 @@ import transformers as tf
 from datasets import config as datasets_config
 
 from kanformer.errors import ConfigError, DataError
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training import finetune
 from kanformer.training.settings import FinetuneArguments
 from training_cases import checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights, write_text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kanformer.layers import KANFeedForward
-from kanformer.surgery.apply import patch_model
+from kanformer.surgery.replacing.apply import patch_model
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer, parameter_groups
 from kanformer.training.settings import LoopArguments
 from model_cases import BY_NAME

@@ -15,7 +15,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kanformer.surgery.apply import patch_model
+from kanformer.surgery.replacing.apply import patch_model
 from kanformer.training.distill import distill
 from kanformer.training.finetune import finetune
 from kanformer.training.settings import DistillArguments, FinetuneArguments

@@ -24,12 +24,12 @@ from kanformer.demo.measure import Bench, cosine, is_causal_lm, last_hidden_stat
 from kanformer.demo.settings import DemoArguments, minilm_path
 from kanformer.errors import ConfigError
 from kanformer.interpret import plot_model
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.calibrate import calibrate
+from kanformer.surgery.calibrating.calibrate import calibrate
 from kanformer.surgery.compare import compare
 from kanformer.surgery.folders import replace_file
-from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
-from kanformer.surgery.plan import plan_surgery
+from kanformer.surgery.planning.plan import plan_surgery
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.training.arguments import to_yaml
 from kanformer.training.data import pad_token, tokenize
 from kanformer.training.distill import store_states

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import kanformer  # noqa: F401  (registers the checkpoints)
 from kanformer.demo.measure import last_hidden_state
-from kanformer.surgery.loading import load_model, quiet_transformers
+from kanformer.surgery.saving.loading import load_model, quiet_transformers
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from kanformer.evaluation.speed import PeakMemory, tokens_per_second
 from kanformer.evaluation.subjects import Subjects, load_subjects
 from kanformer.evaluation.texts import Batch, Reader
 from kanformer.surgery.folders import check_writable, replace_file
-from kanformer.surgery.loading import quiet_transformers
+from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.data import file_columns, load_texts
 
 

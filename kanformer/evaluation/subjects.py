@@ -11,10 +11,10 @@ from torch import nn
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.evaluation.settings import EvaluateArguments
 from kanformer.layers import KANFeedForward
-from kanformer.surgery.apply import relative_path
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.record import PatchRecord, SiteRecord, get_record, get_records
-from kanformer.surgery.sites import Site
+from kanformer.surgery.replacing.apply import relative_path
+from kanformer.surgery.saving.loading import load_model, load_tokenizer
 from kanformer.training.models import AUTO_CLASSES, check_causal, check_length, check_mask_token, is_patched, teacher_sites
 
 _CAUSAL, _MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM",)

@@ -9,9 +9,9 @@ from torch import nn
 
 from kanformer.conversion import DenseFFN
 from kanformer.layers import KANExperts, KANFeedForward
-from kanformer.surgery.fused import expert_count
+from kanformer.surgery.finding.fused import expert_count
+from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.sentinel import add_sentinel
-from kanformer.surgery.sites import Site
 
 KANModule = KANFeedForward | KANExperts
 _EXPERT = ".kan_experts."

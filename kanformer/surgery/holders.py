@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.modules import get_path
 from kanformer.surgery.record import QUANT_METHOD, PatchRecord
-from kanformer.surgery.sites import Site
 
 
 def by_holder(model: nn.Module, sites: Sequence[Site]) -> list[tuple[nn.Module, dict[str, Site]]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from kanformer.config import KANConfig
 from kanformer.errors import CheckpointError, ConfigError, SurgeryError
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 _ATTRIBUTE = "_kanformer_record"
 QUANT_METHOD = "kan"

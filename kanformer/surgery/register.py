@@ -20,7 +20,7 @@ def register() -> None:
 
 
 def _register_now() -> None:
-    from kanformer.surgery import persist
+    from kanformer.surgery.saving import persist
 
     persist.register_with_transformers()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.layers import KANExperts
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 
 class Sentinel(nn.Module):

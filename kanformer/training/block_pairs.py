@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kanformer.conversion.batches import select_tokens
 from kanformer.conversion.moments import Moments
-from kanformer.surgery.sites import Site
+from kanformer.surgery.finding.sites import Site
 
 
 @contextlib.contextmanager

@@ -8,12 +8,12 @@ import zlib
 from pathlib import Path
 
 from kanformer.errors import ConfigError
-from kanformer.surgery.calibrate import calibrate as gather
-from kanformer.surgery.calibration import Calibration
-from kanformer.surgery.calibration_files import INFO, load_calibration
-from kanformer.surgery.calibration_run import Run, remove_state
-from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
-from kanformer.surgery.patchable import check_patchable
+from kanformer.surgery.calibrating.calibrate import calibrate as gather
+from kanformer.surgery.calibrating.calibration import Calibration
+from kanformer.surgery.calibrating.files import INFO, load_calibration
+from kanformer.surgery.calibrating.run_state import Run, remove_state
+from kanformer.surgery.planning.patchable import check_patchable
+from kanformer.surgery.saving.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.training.data import read_lines
 from kanformer.training.models import calibration_batches, check_length
 from kanformer.training.settings import CalibrateArguments

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from kanformer.conversion.batches import select_tokens
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
+from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.folders import replace_file
 from kanformer.surgery.record import get_record
-from kanformer.surgery.sites import Site
 from kanformer.training.block_pairs import Unexplained, watched_blocks
 from kanformer.training.data import load_texts, pad, pad_token, tokenize
 from kanformer.training.loop import Trainer

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, DataError
 from kanformer.layers import KANFeedForward
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model, load_tokenizer
 from kanformer.training.data import load_texts, pack, pad, pad_token, tokenize
 from kanformer.training.loop import Trainer
 from kanformer.training.masking import IGNORED, mask_tokens

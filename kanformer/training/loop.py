@@ -18,8 +18,8 @@ from torch import Tensor
 from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError
 from kanformer.surgery.folders import reason, replace_file, write_folder
-from kanformer.surgery.hub import save_pretrained
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.saving.hub import save_pretrained
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import RESULTS, drop_old
 from kanformer.training.data import Order, micro_batches

@@ -11,11 +11,11 @@ from torch import nn
 from kanformer.configs import configs_from
 from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
-from kanformer.surgery.apply import patch_model, relative_path
-from kanformer.surgery.discover import find_sites
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.finding.discover import find_sites
+from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.record import PatchRecord
-from kanformer.surgery.sites import Site
+from kanformer.surgery.replacing.apply import patch_model, relative_path
+from kanformer.surgery.saving.loading import load_model, load_tokenizer
 from kanformer.training.data import pad, pad_token, tokenize
 from kanformer.training.settings import DistillArguments
 

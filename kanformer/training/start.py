@@ -10,7 +10,7 @@ import torch
 
 from kanformer.errors import ConfigError
 from kanformer.surgery.folders import check_writable
-from kanformer.surgery.loading import quiet_transformers
+from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.checkpoint import RESULTS, complete_checkpoints
 from kanformer.training.settings import LoopArguments
 from kanformer.training.trackers import wanted_trackers

@@ -6,7 +6,7 @@ import functools
 import importlib
 import pkgutil
 
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Gated blocks that are modules of their own: down(act(gate(x)) * up(x))."""
 
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 SPECS = (
     FFNSpec(

@@ -1,6 +1,6 @@
 """BART, OPT and their kin: `fc1`, `activation_fn`, `fc2` lie in the layer and its forward calls them one by one."""
 
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 _LAYOUT = {"up": "fc1", "activation": "activation_fn", "down": "fc2", "slot": "fc1", "identities": ("activation_fn", "fc2")}
 

@@ -1,6 +1,6 @@
 """Plain blocks that are modules of their own: up, activation, down, at most a dropout at the end."""
 
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 SPECS = (
     FFNSpec(

@@ -1,6 +1,6 @@
 """BERT and its kin: the layer holds `intermediate` (dense, activation) and `output` (dense, dropout, LayerNorm with the residual)."""
 
-from kanformer.surgery.spec import FFNSpec
+from kanformer.surgery.finding.spec import FFNSpec
 
 SPECS = (
     FFNSpec(

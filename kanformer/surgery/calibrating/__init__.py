@@ -1,0 +1,1 @@
+"""What data says of the blocks before they are replaced: statistics, linear shares, importance."""

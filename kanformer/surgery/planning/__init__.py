@@ -1,0 +1,1 @@
+"""What patching would do: the blocks that each config selects, and the reasons against the others."""

@@ -1,0 +1,1 @@
+"""Patched models on disk: loading by stock transformers, checks, cards, deltas, the hub."""
