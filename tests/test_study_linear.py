@@ -12,9 +12,9 @@ from kanformer.conversion.affine import AffineMoments
 from kanformer.errors import ConfigError
 from kanformer.layers import KANFeedForward
 from kanformer.study.linear import LinearMap, fit_linear, linear_blocks, linear_parameters, load_maps, rank_within, save_maps
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.calibrate import calibrate
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.calibrating.calibrate import calibrate
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training.data import pad
 from study_cases import teacher
 from training_cases import texts, tokenizer

@@ -20,8 +20,8 @@ from kanformer.study.methods import functions_within, make_arms
 from kanformer.study.plan import make_plan, tokens_of
 from kanformer.study.run import study
 from kanformer.study.settings import METHODS, checked_stages
-from kanformer.surgery.apply import patch_model
 from kanformer.surgery.compare import compare
+from kanformer.surgery.replacing.apply import patch_model
 from kanformer.training.arguments import to_yaml
 from study_cases import DISTILL, settings
 from training_cases import checkpoint, write_text

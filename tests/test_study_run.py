@@ -17,11 +17,11 @@ from kanformer.layers.grids import GridModule
 from kanformer.study.linear import load_maps
 from kanformer.study.measure import measure
 from kanformer.study.run import study
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.calibrate import calibrate
-from kanformer.surgery.calibration_files import load_calibration
+from kanformer.surgery.calibrating.calibrate import calibrate
+from kanformer.surgery.calibrating.files import load_calibration
 from kanformer.surgery.compare import compare
-from kanformer.surgery.loading import load_model
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model
 from kanformer.training.data import pad, read_lines
 from study_cases import DISTILL, curve, results, run_in_process, run_study, settings
 from training_cases import tokenizer, write_text

@@ -14,8 +14,8 @@ from kanformer.config import KANConfig
 from kanformer.conversion.widths import mlp_parameters, width_within
 from kanformer.errors import ConfigError
 from kanformer.study.linear import linear_parameters, rank_within
-from kanformer.surgery.blocks import PlannedBlock
-from kanformer.surgery.plan import plan_surgery
+from kanformer.surgery.planning.blocks import PlannedBlock
+from kanformer.surgery.planning.plan import plan_surgery
 
 _EDGES = {"kan": "shared", "kan_full": "full", "mlp": "mlp", "random_mlp": "mlp"}
 _OF_KANS = ("basis", "groups", "grid_size", "spline_order", "grid_range", "knots", "extrapolation")

@@ -19,9 +19,9 @@ from kanformer.demo.children import save
 from kanformer.errors import KanformerError, TrainingDiverged
 from kanformer.study.linear import load_maps
 from kanformer.study.measure import measure
-from kanformer.surgery.apply import patch_model
 from kanformer.surgery.folders import MARKER, recover, replace_file, write_folder
-from kanformer.surgery.loading import load_model, load_tokenizer, quiet_transformers
+from kanformer.surgery.replacing.apply import patch_model
+from kanformer.surgery.saving.loading import load_model, load_tokenizer, quiet_transformers
 from kanformer.training.arguments import from_mapping
 from kanformer.training.checkpoint import RESULTS
 from kanformer.training.distill import distill

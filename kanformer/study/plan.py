@@ -14,7 +14,7 @@ from kanformer.errors import ConfigError, DataError, SurgeryError
 from kanformer.study.methods import Arm, make_arms
 from kanformer.study.settings import StudyArguments, checked_goals, checked_kan, checked_methods, checked_ratios, checked_seeds, checked_stages
 from kanformer.study.texts import Texts, gather
-from kanformer.surgery.loading import load_model, load_tokenizer
+from kanformer.surgery.saving.loading import load_model, load_tokenizer
 from kanformer.surgery.tables import table
 from kanformer.training.data import Order, tokenize
 from kanformer.training.models import check_length, is_patched

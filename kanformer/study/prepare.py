@@ -21,11 +21,11 @@ from kanformer.study.methods import Arm
 from kanformer.study.plan import Plan, Run
 from kanformer.study.settings import StudyArguments
 from kanformer.study.texts import write_texts
-from kanformer.surgery.apply import patch_model
-from kanformer.surgery.calibrate import calibrate
-from kanformer.surgery.calibration import Calibration
-from kanformer.surgery.calibration_files import load_calibration
+from kanformer.surgery.calibrating.calibrate import calibrate
+from kanformer.surgery.calibrating.calibration import Calibration
+from kanformer.surgery.calibrating.files import load_calibration
 from kanformer.surgery.folders import replace_file, write_folder
+from kanformer.surgery.replacing.apply import patch_model
 from kanformer.training.data import pad, pad_token
 from kanformer.training.distill import store_states
 from kanformer.training.settings import DistillArguments

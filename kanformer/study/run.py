@@ -21,7 +21,7 @@ from kanformer.study.report import write_report
 from kanformer.study.results import FAILURE, PLAN
 from kanformer.study.settings import StudyArguments
 from kanformer.surgery.folders import check_writable, replace_file
-from kanformer.surgery.loading import quiet_transformers
+from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
 from kanformer.training.entry import DIVERGED
 
