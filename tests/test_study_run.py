@@ -169,6 +169,21 @@ def test_other_settings_are_refused_before_anything_changes(change, message, tmp
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*") if path.name != ".lock"} == before
 
 
+def test_runs_of_a_version_without_some_setting_stand(tmp_path, monkeypatch):
+    started = run_in_process(monkeypatch)
+    arguments = settings(tmp_path, methods=["kan"], seeds=1)
+    run_study(arguments)
+    for name in ("run.json", "result.json"):
+        path = tmp_path / "study" / "runs" / "kan-r0.5-s0" / name
+        values = json.loads(path.read_text())
+        assert values["settings"]["stages"][0].pop("kan_smoothness") == 0.0
+        path.write_text(json.dumps(values))
+    run_study(arguments)
+    assert len(started) == 1
+    with pytest.raises(ConfigError, match=r"kan_smoothness: 0.0 then, 1.0 now"):
+        study(dataclasses.replace(arguments, distill={**DISTILL, "kan_smoothness": 1.0}))
+
+
 def test_failed_runs_are_shown_and_repeated_and_stop_no_other(tmp_path, monkeypatch, capsys):
     broken = {"kan-r0.5-s0": TrainingDiverged("go on training", got="loss nan in step 3"), "mlp-r0.5-s1": ConfigError("run", got="no luck")}
 

@@ -20,7 +20,7 @@ from kanformer.training.data import Order, tokenize
 from kanformer.training.models import check_length, is_patched
 from kanformer.training.settings import DistillArguments
 
-_PLACES = ("model_name_or_path", "train_file", "validation_file", "output_dir", "resume", "disable_tqdm", "teacher_states")
+PLACES = ("model_name_or_path", "train_file", "validation_file", "output_dir", "resume", "disable_tqdm", "teacher_states")  # no numbers depend on them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Plan:
 
     def settings(self, run: Run, arguments: StudyArguments) -> dict[str, Any]:
         """All on which the run's numbers depend, as plain JSON values."""
-        stages = [{name: value for name, value in dataclasses.asdict(stage).items() if name not in _PLACES} for stage in run.stages]
+        stages = [{name: value for name, value in dataclasses.asdict(stage).items() if name not in PLACES} for stage in run.stages]
         return {
             "method": run.arm.method,
             "ratio": run.arm.ratio,

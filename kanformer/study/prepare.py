@@ -139,8 +139,8 @@ class Shared:
 
 def uses_states(stage: DistillArguments) -> bool:
     """Whether the teacher's hidden states are all that a stage asks of the teacher, so that they can be stored once."""
-    weights = {name: value for name, value in asdict(stage).items() if name.endswith("_weight") and value}
-    return set(weights) == {"hidden_weight"}
+    weights = {name: value for name, value in asdict(stage).items() if name.endswith("_weight")}
+    return bool(weights.pop("hidden_weight")) and not any(weights.values())
 
 
 def _bf16(stage: DistillArguments) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from kanformer.errors import ConfigError, KanformerError
 from kanformer.study.methods import summary
 from kanformer.study.one import RESULT, RUN
-from kanformer.study.plan import Plan, Run, make_plan
+from kanformer.study.plan import PLACES, Plan, Run, make_plan
 from kanformer.study.pool import last_words, run_all
 from kanformer.study.prepare import Shared, uses_states
 from kanformer.study.report import write_report
@@ -24,6 +24,7 @@ from kanformer.surgery.folders import check_writable, replace_file
 from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.arguments import to_yaml
 from kanformer.training.entry import DIVERGED
+from kanformer.training.settings import DistillArguments
 
 
 def study(arguments: StudyArguments) -> None:
@@ -81,7 +82,7 @@ class _Study:
         """Refuses to mix runs of different settings."""
         for name in (RESULT, RUN):
             try:
-                known = json.loads((self._folder(run) / name).read_text(encoding="utf-8"))["settings"]
+                known = _with_defaults(json.loads((self._folder(run) / name).read_text(encoding="utf-8"))["settings"])
             except (OSError, ValueError, KeyError):
                 continue
             wanted = self.settings[run.name]
@@ -150,6 +151,13 @@ class _Study:
 
     def _tell(self, text: str) -> None:
         print(f"[{time.time() - self.started:5.0f} s] {text}", flush=True)
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that an older kanformer may have made: what training has learned to do since then, it did not do."""
+    fields = DistillArguments.__dataclass_fields__
+    added = {name: field.default for name, field in fields.items() if name not in PLACES and field.default is not dataclasses.MISSING}
+    return {**settings, "stages": [{**added, **stage} for stage in settings["stages"]]}
 
 
 def _differences(known: dict[str, Any], wanted: dict[str, Any], changed: list[str]) -> Iterator[str]:

@@ -107,7 +107,7 @@ def checked_stages(arguments: StudyArguments, **values: Any) -> list[DistillArgu
         _refuse("distill", stage, _OWN_STAGE)
     found = [from_mapping(DistillArguments, {**stage, **values}, "distill") for stage in stages]
     for stage in found:
-        if not any(getattr(stage, name, 0) for name in vars(stage) if name.endswith("_weight")):
+        if all(value == 0 for name, value in vars(stage).items() if name.endswith("_weight")):
             raise ConfigError("plan the study", subject="distill", got="stages without a loss", hint="Set local_weight or hidden_weight above 0.")
     return found
 
