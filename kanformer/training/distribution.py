@@ -21,7 +21,7 @@ def check_distribution(accelerator: Any, arguments: LoopArguments) -> None:
 
     Raises:
         ConfigError: FSDP of version 1; weights that only one process has (`cpu_ram_efficient_loading`, `zero3_init_flag`), because every process
-            patches; DeepSpeed together with checkpoints, which the loop writes for plain, DDP and FSDP2 models.
+            patches; penalties on the functions; DeepSpeed together with checkpoints, which the loop writes for plain, DDP and FSDP2 models.
     """
     kind = _kind(accelerator)
     for name, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
@@ -29,6 +29,8 @@ def check_distribution(accelerator: Any, arguments: LoopArguments) -> None:
             shared = "one process" if accelerator.num_processes == 1 else f"{accelerator.num_processes} processes, each with all weights"
             text = f"asked for {name}, got {kind}: accelerate shards nothing on this machine (it does on GPUs), training goes on in {shared}"
             warnings.warn(text, UserWarning, stacklevel=2)
+    if kind in ("FSDP", "DEEPSPEED"):
+        _check_penalties(kind, arguments)
     if kind == "FSDP":
         _check_fsdp(accelerator.state.fsdp_plugin)
     if kind == "DEEPSPEED":
@@ -64,6 +66,13 @@ def is_deepspeed(accelerator: Any) -> bool:
 
 def _kind(accelerator: Any) -> str:
     return getattr(accelerator.distributed_type, "value", str(accelerator.distributed_type))
+
+
+def _check_penalties(kind: str, arguments: LoopArguments) -> None:
+    for name in ("kan_l1", "kan_entropy", "kan_smoothness"):
+        if getattr(arguments, name):
+            got = f"a penalty under {kind}: it reads the functions outside of their layers, where they are spread over processes"
+            raise ConfigError(_ACTION, subject=name, got=got, hint="Use configs/accelerate/ddp.yaml.")
 
 
 def _check_fsdp(plugin: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError
+from kanformer.ops.spread import is_sharded
 from kanformer.surgery.folders import reason, replace_file, write_folder
 from kanformer.surgery.hub import save_pretrained
 from kanformer.surgery.loading import load_model
@@ -32,7 +33,6 @@ from kanformer.training.sharding import (
     any_sharded,
     full_optimizer_state,
     full_state_dict,
-    is_sharded,
     load_full_optimizer_state,
     load_full_state_dict,
     reshard,

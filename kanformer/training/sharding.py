@@ -7,7 +7,7 @@ must make the same calls in the same order.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,7 @@ from torch import Tensor, nn
 from kanformer.conversion.processes import reduced
 from kanformer.errors import CheckpointError
 from kanformer.layers import KANFeedForward
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor: a part of a larger one, with its place in it."""
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+from kanformer.ops.spread import is_sharded
 
 
 def any_sharded(tensors: Iterable[Any]) -> bool:
@@ -33,17 +27,29 @@ def any_sharded(tensors: Iterable[Any]) -> bool:
 def no_split_modules(module: nn.Module) -> list[str]:
     """Names of the classes that FSDP2 makes its units of: what accelerate's TRANSFORMER_BASED_WRAP reads as `_no_split_modules`.
 
-    These are the layers of the transformers models inside, but none that shares a weight with something outside of it (an embedding tied to the
-    head stays with the root), and `KANFeedForward` where a block is reached by a path that leads through no such layer: it is then called by itself,
-    so that it has to gather its weights itself (distillation runs all blocks on the teacher's inputs).
+    These are the layers of the transformers models inside (where a model names none, the entries of the lists that its blocks stand in), but none
+    that shares a weight with something outside of it (an embedding tied to the head stays with the root); and `KANFeedForward` where a block is
+    reached by a path that leads through no such layer: it is then called by itself, so that it has to gather its weights itself (distillation runs
+    all blocks on the teacher's inputs).
     """
     listed = {name for each in module.modules() for name in (getattr(each, "_no_split_modules", None) or ())}
+    listed |= set(_entries(module, listed)) - {KANFeedForward.__name__}
     holders = _holders(module)
-    present = [each for each in module.modules() if type(each).__name__ in listed - {KANFeedForward.__name__}]
+    present = [each for each in module.modules() if type(each).__name__ in listed]
     tied = {type(each).__name__ for each in present if any(holders[tensor] > count for tensor, count in _holders(each).items())}
     layers = {type(each).__name__ for each in present} - tied
-    alone = any(isinstance(block, KANFeedForward) for block in _outside(module, layers))
-    return sorted(layers) + [KANFeedForward.__name__] * alone
+    return sorted(layers) + [KANFeedForward.__name__] * any(True for _ in _entries(module, layers))
+
+
+def _entries(module: nn.Module, layers: set[str], entry: str = KANFeedForward.__name__) -> Iterator[str]:
+    """For every block on a path through no module of these classes: the class of the entry in the outermost list on that path, or the block's own."""
+    if type(module).__name__ in layers:
+        return
+    if isinstance(module, KANFeedForward):
+        yield entry
+    for child in module.children():
+        inside = entry != KANFeedForward.__name__ or not isinstance(module, nn.ModuleList)
+        yield from _entries(child, layers, entry if inside else type(child).__name__)
 
 
 def _holders(module: nn.Module) -> Counter[nn.Parameter]:
