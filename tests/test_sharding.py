@@ -16,6 +16,8 @@ from sharding_cases import EDGES, patched, two
 
 CHILD = """
 import copy, json, sys, warnings
+from pathlib import Path
+from types import SimpleNamespace
 import torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -108,14 +110,15 @@ def refusal(call):
     return "no error"
 
 stock = shard(BY_NAME["llama"].build())
+args = SimpleNamespace(logging_steps=1, logging_first_step=False, global_step=0, gradient_accumulation_steps=1, world_size=1)
+args.average_tokens_across_devices = False
 found["refused"] = {
     "patch": refusal(lambda: kanformer.patch_model(stock)),
     "calibrate": refusal(lambda: kanformer.calibrate(stock, batch)),
     "update": refusal(lambda: kanformer.update_grids(sharded, batch)),
     "refine": refusal(lambda: kanformer.refine_grids(sharded, 16)),
     "regularize": refusal(lambda: kanformer.regularize(sharded, l1=1.0).__enter__()),
-    "callback": refusal(lambda: kanformer.KANCallback(l1=1.0).on_step_begin(*[__import__("types").SimpleNamespace(
-        logging_steps=1, logging_first_step=False, global_step=0, gradient_accumulation_steps=1, world_size=1, average_tokens_across_devices=False)] * 3, model=sharded)),
+    "callback": refusal(lambda: kanformer.KANCallback(l1=1.0).on_step_begin(args, args, args, model=sharded)),
     "still": gap([plain(input_ids=ids).logits.detach()], [sharded(input_ids=ids).logits.detach()]),
 }
 
@@ -141,7 +144,8 @@ for parameter in fresh.parameters():
 target = {"model": get_model_state_dict(fresh)}
 dcp.load(target, checkpoint_id=f"{folder}/sharded")
 set_model_state_dict(fresh, target["model"])
-found["dcp"] = {"files": len(list(__import__("pathlib").Path(folder, "sharded").glob("*.distcp"))), "gap": gap(full_state_dict(sharded).values(), full_state_dict(fresh).values())}
+files = list(Path(folder, "sharded").glob("*.distcp"))
+found["dcp"] = {"files": len(files), "gap": gap(full_state_dict(sharded).values(), full_state_dict(fresh).values())}
 again = torch.optim.AdamW(fresh.parameters(), lr=1e-2)
 load_full_optimizer_state(again, copy.deepcopy(full_optimizer_state(optimizer)))
 kept = [value for values in again.state_dict()["state"].values() for value in values.values() if value.dim()]

@@ -129,9 +129,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 def full_optimizer_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
     """`optimizer.state_dict()` with whole tensors; parameters are numbered as they stand in the groups, so it fits any number of processes."""
     state = optimizer.state_dict()
-    found = {
-        number: {name: whole(value, keep) if is_sharded(value) else value for name, value in values.items()} for number, values in state["state"].items()
-    }
+    found = {number: {name: whole(value, keep) if is_sharded(value) else value for name, value in values.items()} for number, values in state["state"].items()}
     return {**state, "state": found} if keep else {}
 
 
