@@ -129,7 +129,7 @@ def _filled(module: nn.Module) -> nn.Module:
 
 
 def measure_gram(h: int, tokens: int, rounds: int) -> tuple[float, int]:
-    """(seconds per token of adding to a block's Gram matrix, its bytes), on random hidden channels; (nan, bytes) where memory does not reach."""
+    """(core-seconds per token of adding to a block's Gram matrix, its bytes), on random hidden channels; (nan, bytes) where memory does not reach."""
     from kanformer.conversion.statistics import _add_upper_gram
 
     size = 8 * h * h
@@ -140,7 +140,7 @@ def measure_gram(h: int, tokens: int, rounds: int) -> tuple[float, int]:
 
 
 def measure_elimination(h: int, ratio: float = 0.5, d_over_h: float = 0.25) -> float:
-    """Seconds of the second-order elimination of a block's hidden channels down to `ratio`, on a random covariance."""
+    """Core-seconds of the second-order elimination of a block's hidden channels down to `ratio`, on a random covariance."""
     from kanformer.conversion.prune import eliminate
 
     covariance = torch.randn(h, h + 64, dtype=torch.float64)
@@ -154,9 +154,9 @@ def _median(call: Callable[[], object], rounds: int, warm_up: bool = True) -> fl
         call()
     times = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = time.process_time()  # of all threads: what others do on this machine does not count
         call()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return statistics.median(times)
 
 

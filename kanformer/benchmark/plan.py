@@ -93,11 +93,11 @@ def count(config: Any, ratio: float = 1.0, kan: KANConfig | None = None, name: s
     d, h, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     form = {"gated": True, "up_bias": False, "down_bias": False}
     mlp = mlp_parameters(d, h, **form)
+    form["down_bias"] = ratio < 1  # pruning refits the down map with a bias
     width = h if ratio >= 1 else width_within(int(ratio * mlp), d, kan, **form)
-    # Pruning refits the down map with a bias.
-    numbers = kan_parameters(d, width, kan, gated=True, up_bias=False, down_bias=ratio < 1)
+    numbers = kan_parameters(d, width, kan, **form)
     layer = sum(p.numel() for p in model.model.layers[0].parameters()) - sum(p.numel() for p in block.parameters())
-    functions = numbers - mlp_parameters(d, width, gated=True, up_bias=False, down_bias=ratio < 1)
+    functions = numbers - mlp_parameters(d, width, **form)
     grids = sum(buffer.nbytes for path, buffer in block.named_buffers() if path.endswith("kan_grid")) * width // h
     return Counts(name, d, h, layers, config.vocab_size, mlp, numbers, layer, before - layers * (mlp + layer), width, functions, grids)
 

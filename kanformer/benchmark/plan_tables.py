@@ -11,14 +11,14 @@ import torch
 
 from kanformer.benchmark import full_width, plan
 from kanformer.benchmark.plan import LLAMA, Counts
-from kanformer.benchmark.race import Row
 from kanformer.surgery.tables import table
 
 GPUS = {"Llama-3.2-1B": 8, "Llama-3-8B": 8, "Llama-3-70B": 64}
 LENGTH, UTILISATION = 4096, 0.4
 TOKENS = {"local": (20e6, 50e6, 100e6), "kl": (20e6, 250e6, 700e6), "finetune": (20e6, 100e6)}
 SIZES = ((2048, 8192, 256), (4096, 14336, 256), (8192, 28672, 64))
-SMALL: dict[str, Any] = {"vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+ELIMINATED, GRAMS = (1024, 2048, 4096), (4096, 8192, 14336)
+SMALL: dict[str, Any] = {"vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 12}
 _GB = 1e9
 
 
@@ -37,7 +37,8 @@ def report_plan(rounds: int, dtypes: list[torch.dtype], paths: tuple[str, ...]) 
     yield "calibration and checkpoints, GB (counted)\n" + _storage(whole, half)
     yield "measured: adding to a Gram matrix (float64)\n" + _gram(rounds)
     yield "measured: second-order elimination down to half, float64; larger ones extrapolated\n" + _elimination()
-    yield "measured: a block, forward and backward, over its MLP\n" + _blocks(rounds, dtypes, paths)
+    yield "measured: a block, forward and backward, over its MLP"
+    yield from _blocks(rounds, dtypes, paths)
 
 
 def _fits(counts: Counts) -> bool:
@@ -47,7 +48,7 @@ def _fits(counts: Counts) -> bool:
 def _check() -> Iterator[str]:
     from transformers import LlamaConfig
 
-    config = LlamaConfig(**SMALL, num_key_value_heads=4, tie_word_embeddings=False)
+    config = LlamaConfig(**{"num_key_value_heads": 4, "tie_word_embeddings": False, **SMALL})
     counts = plan.count(config)
     predicted = full_width.predicted_step(counts, 4 * 128, full_width.saved_bytes(config, 128, dtype=torch.float32))
     real = full_width.real_step(config, 4, 128)
@@ -120,29 +121,25 @@ def _storage(whole: dict[str, Counts], half: dict[str, Counts]) -> str:
 
 def _gram(rounds: int, tokens: int = 128) -> str:
     rows = []
-    for h in (4096, 8192, 14336):
+    for h in GRAMS:
         seconds, size = full_width.measure_gram(h, tokens, max(1, rounds // 3))
         shown = ["memory does not reach"] * 2 if math.isnan(seconds) else [f"{1e3 * seconds:.2f}", f"{1.25 * h * h / seconds / 1e9:.1f}"]
         rows.append((f"{h}", f"{size / _GB:.2f}", *shown))
-    return table(("h", "GB", "ms per token", "GFLOPS"), rows, right=range(4))
+    return table(("h", "GB", "core-ms per token", "GFLOPS a core"), rows, right=range(4))
 
 
 def _elimination() -> str:
-    sizes, times = (1024, 2048, 4096), []
+    sizes, times = ELIMINATED, []
     for h in sizes:
         times.append(full_width.measure_elimination(h))
     slope = statistics.linear_regression([math.log(h) for h in sizes], [math.log(t) for t in times]).slope
     rows = [(f"{h}", f"{t:.1f}", "measured") for h, t in zip(sizes, times, strict=True)]
     rows += [(f"{h}", f"{times[-1] * (h / sizes[-1]) ** 3:.0f}", "extrapolated with h^3") for h in (8192, 14336, 28672)]
-    return table(("h", "seconds a block", ""), rows, right=(0, 1)) + f"\nfitted exponent {slope:.2f}"
+    return table(("h", "core-seconds a block", ""), rows, right=(0, 1)) + f"\nfitted exponent {slope:.2f}"
 
 
-def _blocks(rounds: int, dtypes: list[torch.dtype], paths: tuple[str, ...]) -> str:
-    rows: list[Row] = []
+def _blocks(rounds: int, dtypes: list[torch.dtype], paths: tuple[str, ...]) -> Iterator[str]:
     for d, h, tokens in SIZES:
         for dtype in dtypes:
-            found = full_width.measure_block(d, h, tokens, dtype, rounds, paths)
-            rows += found
-            if not found:
-                rows.append(Row("plan", f"{d} x {h} x {tokens}", str(dtype).removeprefix("torch."), "memory does not reach", "-", math.nan, math.nan))
-    return "\n".join(map(str, rows))
+            rows = full_width.measure_block(d, h, tokens, dtype, rounds, paths)
+            yield "\n".join(map(str, rows)) or f"{d} x {h} x {tokens} {dtype}: memory does not reach"
