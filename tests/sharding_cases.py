@@ -21,11 +21,10 @@ from training_cases import ROOT
 
 EDGES = {
     "shared": {},
-    "groups": {"groups": 8},
+    "groups": {"groups": 8, "basis": "chebyshev"},
     "rational": {"basis": "rational", "groups": 8},
     "full": {"edges": "full", "grid_size": 3},
     "full-rational": {"edges": "full", "basis": "rational"},
-    "chebyshev": {"basis": "chebyshev", "grid_size": 5},
 }
 
 

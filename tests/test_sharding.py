@@ -56,7 +56,7 @@ def race(name, settings, dtype=torch.float64, recompute=False):
     if recompute:
         both.gradient_checkpointing_enable()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (one, both)]
-    for step in range(3):
+    for step in range(2):
         whole, part = loss_of(one, ids), loss_of(both, mine)
         whole.backward()
         part.backward()

@@ -39,7 +39,8 @@ rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 shard_on_cpu(rank, sys.argv[3])
 import torch
 from torch.distributed.tensor import DTensor
-from kanformer.training import loop
+from kanformer.errors import DataError
+from kanformer.training import finetune, loop
 from test_training_sharding import DISTILL, FINETUNE
 from training_cases import run_distill, run_finetune
 
@@ -70,7 +71,18 @@ loop.Trainer._optimize = optimize
 run_finetune(str(folder / "llama"), text, folder / "broken", **halves, **FINETUNE, resume=True)
 run_distill(str(folder / "bert"), text, folder / "local", per_device_train_batch_size=2, **DISTILL)
 run_distill(str(folder / "bert"), text, folder / "hidden", per_device_train_batch_size=2, hidden_weight=1.0, train_rest="norms", **DISTILL)
-leave(str(units))
+
+def apart(*words, **settings):
+    model = patch(*words, **settings)
+    if rank:
+        next(module for module in model.modules() if hasattr(module, "kan_grid")).kan_grid += 1e-6
+    return model
+
+patch, finetune.patch_model = finetune.patch_model, apart
+try:
+    run_finetune(str(folder / "llama"), text, folder / "apart", **halves)
+except DataError as error:
+    leave(f"{units} | {error}")
 """
 
 
@@ -92,8 +104,13 @@ def gap(left, right) -> float:
 
 def test_units_are_the_layers_and_blocks_that_are_run_by_themselves(runs):
     expected = {"straight": ["LlamaDecoderLayer"], "broken": ["LlamaDecoderLayer"], "local": ["KANFeedForward"], "hidden": ["BertLayer", "KANFeedForward"]}
-    assert all(said.splitlines()[-1] == str(expected) for said in runs[1])
+    assert all(said.splitlines()[-1].startswith(f"{expected} | ") for said in runs[1])
     assert [said.count("fine-tuned:") + said.count("distilled:") for said in runs[1]] == [4, 0]
+
+
+def test_grids_that_differ_between_processes_are_an_error_in_both(runs):
+    assert all("got other grids or functions in process 1 than in process 0" in said.splitlines()[-1] for said in runs[1])
+    assert not (runs[0] / "apart" / "model").exists()
 
 
 def test_a_sharded_run_is_the_run_of_one_process(runs, tmp_path):

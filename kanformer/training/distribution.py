@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from typing import Any
 
+import torch
 from torch import nn
 
-from kanformer.errors import ConfigError
+from kanformer.conversion.processes import gathered
+from kanformer.errors import ConfigError, DataError
+from kanformer.layers.grids import GridModule
 from kanformer.training.settings import LoopArguments
 from kanformer.training.sharding import make_contiguous, no_split_modules
 
@@ -57,6 +61,27 @@ def ready_to_wrap(accelerator: Any, module: nn.Module, model: nn.Module, argumen
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         if settings.get("train_micro_batch_size_per_gpu", "auto") == "auto":
             settings["train_micro_batch_size_per_gpu"] = arguments.per_device_train_batch_size
+
+
+def check_same_start(module: nn.Module) -> None:
+    """Compares a checksum of all grids and functions over the processes: DistributedDataParallel would take the first one's, FSDP2 mix them.
+
+    Raises:
+        DataError: they differ. Every process raises it.
+    """
+    checksum = 0
+    for each in module.modules():
+        if isinstance(each, GridModule):
+            for tensor in (each.kan_grid, each.kan_coef):
+                checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+    found = gathered(torch.tensor(checksum, dtype=torch.int64)).tolist()
+    if len(set(found)) > 1:
+        others = [rank for rank, value in enumerate(found) if value != found[0]]
+        raise DataError(
+            _ACTION,
+            got=f"other grids or functions in process {others[0]} than in process 0",
+            hint="Calibrate with kanformer.patch_model(calibration=...) in all processes at once, or train a patched checkpoint.",
+        )
 
 
 def is_deepspeed(accelerator: Any) -> bool:

@@ -24,7 +24,7 @@ from kanformer.surgery.loading import load_model
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import RESULTS, drop_old
 from kanformer.training.data import Order, micro_batches
-from kanformer.training.distribution import is_deepspeed, ready_to_wrap
+from kanformer.training.distribution import check_same_start, is_deepspeed, ready_to_wrap
 from kanformer.training.journal import Journal, Window
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
@@ -51,6 +51,7 @@ class Trainer:
         self.output_dir = Path(arguments.output_dir)
         self.step, self.tokens = start_step, 0
         optimizer = make_optimizer(task.module, arguments)
+        check_same_start(task.module)
         ready_to_wrap(accelerator, task.module, task.model, arguments)
         self.module, self.optimizer = accelerator.prepare(task.module, optimizer)
         settle_root(self.module)
