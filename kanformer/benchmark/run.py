@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from kanformer.training.arguments import option
 
-SECTIONS = ("all", "ffn", "limit", "decode", "scaling", "surgery")
+SECTIONS = ("all", "ffn", "limit", "decode", "scaling", "surgery", "plan")
 
 
 @dataclass
 class BenchmarkArguments:
     """Settings of `kanformer benchmark` and scripts/benchmark.py."""
 
-    section: str = option("all", "what to time", SECTIONS)
+    section: str = option("all", "what to time; plan (not in all): the tables of docs/scaling.md", SECTIONS)
     dtype: str = option("both", "numbers of weights and inputs", ("both", "float32", "bfloat16"))
     path: str = option("both", "eager, compiled, or both; triton on a GPU", ("both", "eager", "compile", "triton"))
     rounds: int = option(9, "timed rounds, of which the median counts", ge=1)
@@ -31,6 +31,7 @@ def benchmark(arguments: BenchmarkArguments) -> None:
 
     from kanformer.benchmark import ffn, maps
     from kanformer.benchmark.peers import measure_peers
+    from kanformer.benchmark.plan_tables import report_plan
     from kanformer.benchmark.race import Row, machine
     from kanformer.benchmark.scaling import measure_exponents
     from kanformer.benchmark.surgery import measure_surgery
@@ -70,6 +71,9 @@ def benchmark(arguments: BenchmarkArguments) -> None:
     if wanted("surgery"):
         for line in measure_surgery(min(rounds, 5)):
             print(line, flush=True)
+    if arguments.section == "plan":
+        for text in report_plan(rounds, dtypes, paths):
+            print(text, end="\n\n", flush=True)
     if arguments.out:
         with open(arguments.out, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])

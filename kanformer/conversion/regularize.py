@@ -17,6 +17,7 @@ from kanformer.errors import ConfigError, DataError, NoFeedForwardError
 from kanformer.layers import EdgeFunctions, KANFeedForward, KANLinear, SharedKANLinear, regularization
 from kanformer.layers.magnitudes import NODES, edge_magnitudes, function_magnitudes
 from kanformer.ops.plain import without_autocast
+from kanformer.ops.spread import is_sharded
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def regularize(
         through_inputs: whether the gradient also reaches the layers before, through the functions' inputs, as in the paper.
 
     Raises:
-        NoFeedForwardError: nothing in the model is learned. ConfigError: a weight that is negative or not finite.
+        NoFeedForwardError: nothing in the model is learned. ConfigError: a weight that is negative or not finite, or parameters sharded by FSDP2.
     """
     weights = {"l1": l1, "entropy": entropy, "smoothness": smoothness}
     check_weights(weights, nodes)
@@ -87,6 +88,14 @@ class Penalty:
         if not self._layers:
             raise NoFeedForwardError(
                 "regularise the model", subject=type(model).__name__, got="no learned functions", hint="Patch it first: kanformer.patch_model(model)."
+            )
+        sharded = next((layer.path for module, layer in self._layers.items() if is_sharded(module.kan_coef)), None)
+        if sharded is not None:
+            raise ConfigError(
+                "regularise the model",
+                subject=sharded,
+                got="functions sharded over processes (FSDP2), which are whole within their layer's forward pass only",
+                hint="Train with whole weights in each process: accelerate launch --config_file configs/accelerate/ddp.yaml.",
             )
 
     def __call__(self) -> Tensor:

@@ -16,6 +16,7 @@ from kanformer.errors import ConfigError
 from kanformer.layers.density import Density
 from kanformer.layers.knots import cell_points, grid_for, refined_grid
 from kanformer.layers.transfer import Changes, chunks, even_weights, fit_transfer, planes_of
+from kanformer.ops.spread import is_sharded
 
 if TYPE_CHECKING:
     from kanformer.layers.grids import GridModule
@@ -128,6 +129,8 @@ def plan_refinement(module: GridModule, grid_size: int, *, tolerance: float | No
 def _check_module(module: GridModule, action: str, name: str) -> None:
     if module.kan_grid.is_meta or module.kan_coef.is_meta:
         raise ConfigError(action, subject=name, got="a module on the meta device", hint="Load its weights first.")
+    if is_sharded(module.kan_coef):
+        raise ConfigError(action, subject=name, got="coefficients sharded over processes (DTensor)", hint="Do it before the model is wrapped or sharded.")
 
 
 def _check_numbers(action: str, name: str, tolerance: float | None, **fractions: float) -> None:

@@ -17,15 +17,27 @@ from torch import Tensor
 
 from kanformer.conversion.regularize import regularize
 from kanformer.errors import CheckpointError
+from kanformer.ops.spread import is_sharded
 from kanformer.surgery.folders import reason, replace_file, write_folder
 from kanformer.surgery.saving.hub import save_pretrained
 from kanformer.surgery.saving.loading import load_model
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import RESULTS, drop_old
 from kanformer.training.data import Order, micro_batches
+from kanformer.training.distribution import check_same_start, is_deepspeed, ready_to_wrap
 from kanformer.training.journal import Journal, Window
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
+from kanformer.training.sharding import (
+    all_finite,
+    any_sharded,
+    full_optimizer_state,
+    full_state_dict,
+    load_full_optimizer_state,
+    load_full_state_dict,
+    reshard,
+    settle_root,
+)
 from kanformer.training.stopping import Stopping, diverged
 from kanformer.training.task import Task
 from kanformer.training.trackers import start_trackers
@@ -39,7 +51,10 @@ class Trainer:
         self.output_dir = Path(arguments.output_dir)
         self.step, self.tokens = start_step, 0
         optimizer = make_optimizer(task.module, arguments)
+        check_same_start(task.module)
+        ready_to_wrap(accelerator, task.module, task.model, arguments)
         self.module, self.optimizer = accelerator.prepare(task.module, optimizer)
+        settle_root(self.module)
         group = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         self.order = Order(task.examples, arguments.seed, task.lengths, group)
         self.results: dict[str, Any] = {}
@@ -130,7 +145,7 @@ class Trainer:
 
     def _load_best(self, checkpoint: Path) -> None:
         loaded = load_model(str(checkpoint), type(self.task.model).__name__)
-        self.task.model.load_state_dict(loaded.state_dict())
+        load_full_state_dict(self.task.model, loaded.state_dict())
 
     def _optimize(self) -> tuple[float, dict[str, float], float, int]:
         """One optimizer step. Returns (summed loss, summed metrics, items, tokens) over all processes."""
@@ -147,13 +162,18 @@ class Trainer:
         batches = [{key: value.to(accelerator.device) for key, value in self.task.batch(chosen).items()} for chosen in indices]
         counts = torch.stack([self.task.items(batch).double().to(accelerator.device) for batch in batches])
         total = accelerator.reduce(counts.sum(), "sum")
+        factor = learning_rate_factor(self.step, arguments)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
         sums: Tensor | None = None
         names: list[str] = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
+            if is_deepspeed(accelerator):
+                accelerator.sync_gradients = last  # it takes its step within the last backward pass
             with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
                 objective, loss, metrics = self._objective(batch, counts[number])
-                # DDP averages gradients over processes, so each adds its share of the global mean times their number.
+                # DDP, FSDP and DeepSpeed average gradients over processes, so each adds its share of the global mean times their number.
                 accelerator.backward(objective * (accelerator.num_processes / total).to(loss.dtype))
             names = ["loss", *metrics]
             values = torch.stack([loss.detach().double(), *(metric.detach().double() for metric in metrics.values())])
@@ -161,13 +181,10 @@ class Trainer:
         assert sums is not None
         tokens = torch.tensor(sum(_tokens(batch) for batch in batches), dtype=torch.float64, device=accelerator.device)
         reduced = accelerator.reduce(torch.cat([sums, tokens.view(1)]), "sum").tolist()
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm or math.inf)
+        norm = _number(accelerator.clip_grad_norm_(self.module.parameters(), arguments.max_grad_norm or math.inf))
         # A gradient scaler (fp16) leaves out steps whose gradient overflows, so there that is no failure.
         if not math.isfinite(reduced[0]) or not (accelerator.scaler or math.isfinite(norm)):
-            raise diverged(f"loss {reduced[0]} and gradient norm {float(norm)} in step {self.step + 1}")
-        factor = learning_rate_factor(self.step, arguments)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            raise diverged(f"loss {reduced[0]} and gradient norm {norm} in step {self.step + 1}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         return reduced[0], dict(zip(names[1:], reduced[1:-1], strict=True)), float(total), int(reduced[-1])
@@ -195,6 +212,7 @@ class Trainer:
         self.module.eval()
         with torch.no_grad():
             metrics = self.task.evaluate()
+        reshard(self.module)
         self.accelerator.wait_for_everyone()
         if not all(math.isfinite(value) for value in metrics.values()):
             raise diverged(f"{metrics} on held-out text after step {self.step}")
@@ -202,25 +220,35 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Before weights are written: the last step may have ruined them."""
-        if not all(bool(parameter.isfinite().all()) for parameter in self.module.parameters()):
+        if not all_finite(self.module.parameters()):
             raise diverged(f"weights that are not finite after step {self.step}")
 
     def _save(self) -> None:
         """A complete checkpoint of model, optimizer, what decides when to stop, and every process' random state."""
-        states = self._gather_random_states()
-        if self.accelerator.is_main_process:
+        states, main = self._gather_random_states(), self.accelerator.is_main_process
+        weights, optimizer = self._weights(), full_optimizer_state(self.optimizer, main)
+        if main:
             info = {"step": self.step, "tokens": self.tokens, "arguments": dataclasses.asdict(self.arguments)}
-            state = {"optimizer": self.optimizer.state_dict(), "random": states, "window": self.window.state(), "stopping": self.stopping.state()}
+            state = {"optimizer": optimizer, "random": states, "window": self.window.state(), "stopping": self.stopping.state()}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
 
             def fill(folder: Path) -> None:
-                self._save_model(folder)
+                self._save_model(folder, weights)
                 torch.save(state, folder / "training_state.pt")
 
             write_folder(self.output_dir / f"checkpoint-{self.step}", fill, info)
             drop_old(self.output_dir, self.arguments.save_total_limit, self.stopping.best_step if self.arguments.load_best_model_at_end else None)
         self.accelerator.wait_for_everyone()
+
+    def _weights(self) -> dict[str, Any] | None:
+        """The whole weights on the main process (elsewhere nothing) where they are spread over processes; None where the model has them."""
+        model, main = self.task.model, self.accelerator.is_main_process
+        if is_deepspeed(self.accelerator):
+            prefix = next(f"{path}." if path else "" for path, module in self.task.module.named_modules() if module is model)
+            gathered = self.accelerator.get_state_dict(self.module) or {}  # ZeRO 3 gives them to the main process only
+            return {name.removeprefix(prefix): tensor for name, tensor in gathered.items() if name.startswith(prefix)}
+        return full_state_dict(model, main) if any_sharded(model.parameters()) else None
 
     def _gather_random_states(self) -> list[list[Tensor]]:
         from accelerate.utils import gather_object
@@ -230,8 +258,9 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> None:
         try:
-            state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Of spread states each process reads its own part only.
+            state = torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True, mmap=any_sharded(self.module.parameters()))
+            load_full_optimizer_state(self.optimizer, state["optimizer"])
             self.tokens = json.loads((checkpoint / "complete.json").read_text(encoding="utf-8"))["tokens"]
             self.window.sums, self.window.count = state["window"]
             self.stopping.load(state.get("stopping") or self.stopping.state())  # version 0.2 had none
@@ -258,19 +287,20 @@ class Trainer:
         if device and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(device[0], self.accelerator.device)
 
-    def _save_model(self, folder: Path) -> None:
-        self.task.model.save_pretrained(folder)  # type: ignore[operator]
+    def _save_model(self, folder: Path, weights: dict[str, Any] | None) -> None:
+        self.task.model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         self.task.tokenizer.save_pretrained(folder)
 
-    def _save_final(self, folder: Path) -> None:
+    def _save_final(self, folder: Path, weights: dict[str, Any] | None) -> None:
         card = self.output_dir / "model" / "README.md"
         if card.is_file():  # of a run that is finished a second time: somebody may have written into it
             shutil.copyfile(card, folder / card.name)
-        save_pretrained(self.task.model, folder, tokenizer=self.task.tokenizer, base_model=self.task.base)
+        save_pretrained(self.task.model, folder, tokenizer=self.task.tokenizer, base_model=self.task.base, state_dict=weights)
 
     def _finish(self) -> None:
+        weights = self._weights()
         if self.accelerator.is_main_process:
-            write_folder(self.output_dir / "model", self._save_final)
+            write_folder(self.output_dir / "model", lambda folder: self._save_final(folder, weights))
             replace_file(self.output_dir / RESULTS, json.dumps(self.results, indent=2))
         self.accelerator.wait_for_everyone()
 
@@ -278,3 +308,8 @@ class Trainer:
 def _tokens(batch: dict[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+
+
+def _number(norm: Any) -> float:
+    """A gradient norm, which FSDP gives spread over processes and DeepSpeed not before its first step."""
+    return 0.0 if norm is None else float(norm.full_tensor() if is_sharded(norm) else norm)

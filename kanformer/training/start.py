@@ -12,6 +12,7 @@ from kanformer.errors import ConfigError
 from kanformer.surgery.folders import check_writable
 from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.checkpoint import RESULTS, complete_checkpoints
+from kanformer.training.distribution import check_distribution
 from kanformer.training.settings import LoopArguments
 from kanformer.training.trackers import wanted_trackers
 
@@ -23,6 +24,7 @@ def start_run(arguments: LoopArguments) -> tuple[int, Path | None, Any]:
     check_evaluations(arguments)
     start, checkpoint = prepare_output(arguments)
     accelerator = make_accelerator(arguments)
+    check_distribution(accelerator, arguments)
     set_seed(arguments.seed)
     quiet_transformers()
     return start, checkpoint, accelerator
@@ -51,7 +53,7 @@ def make_accelerator(arguments: LoopArguments | None = None) -> Any:
         options["cpu"] = True
     try:
         accelerator = Accelerator(**options)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # ImportError: DeepSpeed is wanted and not installed
         raise ConfigError("start training", got=" ".join(str(error).split())) from error
     if accelerator.num_processes < world:
         raise ConfigError("start training", got=f"{world} processes, of which accelerate joined {accelerator.num_processes}", hint="Start one process.")

@@ -13,7 +13,7 @@ from kanformer.conversion import FFNStatistics
 from kanformer.conversion.batches import run_batches, select_tokens, token_mask
 from kanformer.conversion.error_curve import ErrorCurve, error_curve
 from kanformer.conversion.processes import several, together
-from kanformer.errors import DataError
+from kanformer.errors import DataError, NoFeedForwardError
 from kanformer.surgery.assemble import block_paths, dense_blocks
 from kanformer.surgery.calibrating.calibration import BlockForm, Calibration
 from kanformer.surgery.calibrating.importance import measure_importance
@@ -50,7 +50,10 @@ def calibrate(
     Raises:
         NoFeedForwardError: no block found. DataError: no tokens, or inputs that are not finite.
     """
-    sites = [site for site in find_sites(model, specs) if site.problem() is None]
+    seen = find_sites(model, specs)
+    sites = [site for site in seen if site.problem() is None]
+    if seen and not sites:
+        raise NoFeedForwardError("calibrate", subject=type(model).__name__, got=f"no block that can be read: {seen[0].path}: {seen[0].problem()}")
     found = _empty(model, sites, gram=gram, linear=linear)
     done = 0 if run is None else run.start(found, sites)
     first: list[Mapping[str, Any]] = []
