@@ -116,9 +116,10 @@ class FinetuneTask(Task):
 
     def calibration_batches(self) -> Iterator[dict[str, Tensor]]:
         """Model inputs of the first training examples, for pruning and grids."""
-        count = self.arguments.calibration_samples if self.examples is None else min(self.examples, self.arguments.calibration_samples)
-        for start in range(0, count, _CALIBRATION_BATCH):
-            yield self.inputs(self.collate([self.train[index] for index in range(start, min(start + _CALIBRATION_BATCH, count))]))
+        count = self.arguments.calibration_samples
+        found = self.stream.first(count) if self.stream is not None else (self.train[index] for index in range(min(count, len(self.train))))
+        while examples := list(itertools.islice(found, _CALIBRATION_BATCH)):
+            yield self.inputs(self.collate(examples))
 
     @staticmethod
     def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from kanformer.surgery.folders import check_writable
 from kanformer.surgery.loading import quiet_transformers
 from kanformer.training.checkpoint import RESULTS, complete_checkpoints
 from kanformer.training.settings import LoopArguments
+from kanformer.training.steps import with_steps
 from kanformer.training.trackers import wanted_trackers
 
 
@@ -21,6 +22,8 @@ def start_run(arguments: LoopArguments) -> tuple[int, Path | None, Any]:
     from accelerate.utils import set_seed
 
     check_evaluations(arguments)
+    if arguments.num_train_epochs and getattr(arguments, "streaming", False):
+        with_steps(arguments, None, 1)  # refuses: a stream has no length
     start, checkpoint = prepare_output(arguments)
     accelerator = make_accelerator(arguments)
     set_seed(arguments.seed)

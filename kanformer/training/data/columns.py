@@ -74,12 +74,14 @@ def column_names(source: Source) -> list[str]:
 
 
 def usable(row: dict[str, Any], columns: Sequence[Column], source: str) -> bool:
-    """Whether a row has what is wanted; one whose first column is empty is left out.
+    """Whether a row has what is wanted; one whose first column is empty is left out. Columns that were not read are not looked at.
 
     Raises:
         DataError: a value of the wrong kind, or none in another column than the first.
     """
     for number, column in enumerate(columns):
+        if column.name not in row:
+            continue
         value = row[column.name]
         if value is None or (isinstance(value, str | list) and not (value.strip() if isinstance(value, str) else value)):
             if number == 0:

@@ -14,15 +14,20 @@ from kanformer.training.data.tables import Table
 
 @dataclass(frozen=True)
 class Classes:
-    """The names of a column's classes, in the order of their numbers."""
+    """The names of a column's classes, in the order of their numbers.
+
+    Attributes:
+        indexed: whether whole numbers in the column are places in `names`, as where the settings give names to them.
+    """
 
     column: str
     names: tuple[str, ...]
+    indexed: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a transformers config says of them."""
-        return {"num_labels": len(self.names), "id2label": dict(enumerate(self.names)), "label2id": {name: number for number, name in enumerate(self.names)}}
+        return {"num_labels": len(self.names), "id2label": dict(enumerate(self.names)), "label2id": dict(self._numbers)}
 
     def number(self, value: Any, part: Table | Rows) -> int:
         """The number of a value of the column.
@@ -30,15 +35,11 @@ class Classes:
         Raises:
             DataError: it is none of the classes.
         """
-        name = class_name(value, part, self.column)
-        if name not in self._numbers:
-            known = ", ".join(self.names[:20])
-            raise DataError("read the classes", subject=f"{part.name}, column {self.column!r}", got=f"class {name!r}", expected=f"one of {known}")
-        return self._numbers[name]
-
-    @functools.cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.names)}
+        found = self._find(value, part)
+        if found is None:
+            expected = f"one of {', '.join(self.names[:20])}"
+            raise DataError("read the classes", subject=_place(part, self.column), got=f"class {class_name(value, part, self.column)!r}", expected=expected)
+        return found
 
     def check(self, values: Iterable[Any], part: Table) -> None:
         """Refuses a held-out part with classes that the training part does not have.
@@ -46,15 +47,21 @@ class Classes:
         Raises:
             DataError: there are some; they are named.
         """
-        unknown = sorted({class_name(value, part, self.column) for value in values} - set(self.names))
+        unknown = sorted({class_name(value, part, self.column) for value in values if self._find(value, part) is None})
         if unknown:
-            shown = f"{unknown[:3]}" + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            got = f"unseen held-out classes {unknown[:3]}" + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
             raise DataError(
-                "read the classes",
-                subject=f"{part.name}, column {self.column!r}",
-                got=f"unseen held-out classes {shown}",
-                expected=f"those of the training data ({', '.join(self.names[:20])})",
+                "read the classes", subject=_place(part, self.column), got=got, expected=f"those of the training data ({', '.join(self.names[:20])})"
             )
+
+    def _find(self, value: Any, part: Table | Rows) -> int | None:
+        if self.indexed and type(value) is int and not _known_names(part, self.column):
+            return value if 0 <= value < len(self.names) else None
+        return self._numbers.get(class_name(value, part, self.column))
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
 
 
 def find_classes(part: Table | Rows, column: str, given: Sequence[Any] | None, values: Iterable[Any]) -> Classes:
@@ -70,12 +77,12 @@ def find_classes(part: Table | Rows, column: str, given: Sequence[Any] | None, v
     if not names:
         if isinstance(part, Rows):
             hint = "Give label_names, a list of all names (a stream is not read to its end to find them)."
-            raise DataError("read the classes", subject=f"{part.name}, column {column!r}", got="a stream that does not say which there are", hint=hint)
+            raise DataError("read the classes", subject=_place(part, column), got="a stream that does not say which there are", hint=hint)
         names = _sorted({class_name(value, part, column): value for value in values})
-    if len(set(names)) < max(2, len(names)):
-        got = f"one class only ({names})" if len(set(names)) < 2 else f"the same name twice ({names})"
-        raise DataError("read the classes", subject=f"{part.name}, column {column!r}", got=got, expected="at least two, each with a name of its own")
-    return Classes(column, tuple(names))
+    if len(names) < 2 or len(set(names)) < len(names):
+        got = f"one class only ({names})" if len(names) < 2 else f"the same name twice ({names})"
+        raise DataError("read the classes", subject=_place(part, column), got=got, expected="at least two, each with a name of its own")
+    return Classes(column, tuple(names), indexed=bool(given) and not any(name.lstrip("-").isdigit() for name in names))
 
 
 def class_name(value: Any, part: Table | Rows, column: str) -> str:
@@ -88,7 +95,7 @@ def class_name(value: Any, part: Table | Rows, column: str) -> str:
     if not names or isinstance(value, str):
         return str(value)
     if not 0 <= value < len(names):
-        raise DataError("read the classes", subject=f"{part.name}, column {column!r}", got=f"number {value}", expected=f"0 to {len(names) - 1}")
+        raise DataError("read the classes", subject=_place(part, column), got=f"number {value}", expected=f"0 to {len(names) - 1}")
     return names[value]
 
 
@@ -103,3 +110,7 @@ def _known_names(part: Table | Rows, column: str) -> list[str]:
 def _sorted(found: dict[str, Any]) -> list[str]:
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in found.values())
     return sorted(found, key=(lambda name: found[name]) if numbers else None)
+
+
+def _place(part: Table | Rows, column: str) -> str:
+    return f"{part.name}, column {column!r}"

@@ -86,7 +86,7 @@ class Stream:
         rows: where they come from.
         encode: makes an example of a row (or of a block of tokens), when it is asked for.
         packer: cuts blocks of tokens from the rows' texts; None leaves a row an example. `text`: the column of these texts.
-        tell: takes a line about the first epoch's packing.
+        tell: takes a line about the packing at the end of the first epoch that is read to its end.
     """
 
     streamed = True
@@ -108,6 +108,14 @@ class Stream:
         while position >= self._first + len(self._items):
             self._advance()
         return self.encode(self._items[position - self._first])
+
+    def first(self, count: int) -> Iterator[Any]:
+        """The first examples, `count` of them or as many as an epoch has."""
+        for position in range(count):
+            example = self[position]
+            if self._epoch:
+                return
+            yield example
 
     def state(self) -> dict[str, Any]:
         """Where the present window starts, for `load`: plain numbers."""
@@ -139,8 +147,9 @@ class Stream:
     def _next_epoch(self) -> None:
         if self.packer is not None:
             self.packer.check(self._seen, len(self._rest))
-            if self._epoch == 0 and self.tell is not None:
+            if self.tell is not None:
                 self.tell(self.packer.summary(self._seen, len(self._rest)))
+                self.tell = None
         elif not self._seen:
             raise DataError("read the stream", subject=self.rows.source.name, got="no row that can be used")
         self.load({"epoch": self._epoch + 1, "row": 0, "position": self._first, "rest": [], "seen": 0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,13 +36,9 @@ class Table:
             DataError: a column that is not there, a value of the wrong kind, or no row that can be used.
         """
         source = pick(source, columns)
-        checked = [column for column in columns if column.kind != IMAGE]
-        values = [list(source.table[column.name]) for column in checked]
-        names = [column.name for column in checked]
-        kept = [number for number, row in enumerate(zip(*values, strict=True)) if usable(dict(zip(names, row, strict=True)), checked, source.name)]
-        total = len(source.table)
-        if not checked:
-            kept = list(range(total))
+        total, names = len(source.table), [column.name for column in columns if column.kind != IMAGE]
+        values = zip(*(list(source.table[name]) for name in names), strict=True) if names else itertools.repeat((), total)
+        kept = [number for number, row in enumerate(values) if usable(dict(zip(names, row, strict=True)), columns, source.name)]
         if not kept:
             raise DataError("read the data", subject=source.name, got="no text in it" if total else "no row in it")
         return cls(source.name, columns, source.table if len(kept) == total else source.table.select(kept))

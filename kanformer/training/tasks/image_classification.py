@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kanformer.errors import CheckpointError
 from kanformer.training.data import IMAGE, Column, Rows, Table
+from kanformer.training.data.images import open_image
 from kanformer.training.data.labels import find_classes
 from kanformer.training.finetune_task import FinetuneTask
-from kanformer.training.images import open_image
 from kanformer.training.language_model import logits_of, token_loss
 from kanformer.training.settings import FinetuneArguments
 
