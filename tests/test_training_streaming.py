@@ -113,7 +113,7 @@ def test_distillation_streams_and_needs_a_table_for_stored_states(tmp_path):
 
 
 def test_what_packing_leaves_over_is_said_once(tmp_path, capfd):
-    model, text = checkpoint(tmp_path / "llama", "llama"), write_text(tmp_path / "t.txt", 20)
+    model, text = checkpoint(tmp_path / "llama", "llama"), write_text(tmp_path / "t.txt", 60)
     run_finetune(model, text, tmp_path / "stream", max_steps=30, **STREAM)
     run_finetune(model, text, tmp_path / "table", max_steps=30)
     said = capfd.readouterr()

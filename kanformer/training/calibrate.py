@@ -68,10 +68,10 @@ def _dry_run(model: nn.Module, texts: int, arguments: CalibrateArguments) -> Non
     plan = plan_surgery(model)
     batches = math.ceil(texts / arguments.batch_size)
     passes = min(arguments.importance_batches, batches) * len(plan.blocks)
-    grams = sum(8 * block.mlp_hidden**2 for block in plan.blocks) if arguments.gram else 0
+    grams = sum(8 * block.experts * block.mlp_hidden**2 for block in plan.blocks) if arguments.gram else 0
     print(plan)
     print(f"data: {texts:,} texts in {batches:,} batches; {batches:,} runs of the model, and {passes:,} more for the importance of {len(plan.blocks)} blocks")
-    print(f"memory: weights {tensor_bytes(model) / 1e6:,.1f} MB, Gram matrices {grams / 1e6:,.1f} MB, which is the folder's size too")
+    print(f"memory: weights {tensor_bytes(model) / 1e6:,.1f} MB, Gram matrices {grams / 1e6:,.1f} MB, half of that on disk")
     print("dry run: nothing was run and nothing written")
 
 

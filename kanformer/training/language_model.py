@@ -45,7 +45,7 @@ class LanguageModelTask(FinetuneTask):
             return super().read(part)
         packer = Packer(self.tokenizer, self.arguments.max_length)
         blocks, rest = packer.cut(part.values(self.arguments.text_column), [])
-        packer.check(len(blocks), len(rest))
+        packer.check(len(blocks), len(rest), part.name if part is self.train_rows else f"held-out part, {part.name}")
         if self.tell is not None and part is self.train_rows:
             self.tell(packer.summary(len(blocks), len(rest)))
         return blocks

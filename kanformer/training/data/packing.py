@@ -51,8 +51,8 @@ class Packer:
         last = len(stream) - len(stream) % self.block_size
         return [stream[start : start + self.block_size] for start in range(0, last, self.block_size)], stream[last:]
 
-    def check(self, blocks: int, rest: int) -> None:
-        """Refuses texts that gave no block.
+    def check(self, blocks: int, rest: int, part: str | None = None) -> None:
+        """Refuses texts (of this part of the data) that gave no block.
 
         Raises:
             DataError: there are fewer tokens than a block has.
@@ -60,6 +60,7 @@ class Packer:
         if not blocks:
             raise DataError(
                 "cut the text into blocks",
+                subject=part,
                 got=f"{rest:,} tokens",
                 expected=f"at least one block of {self.block_size}",
                 hint="Give more text or a smaller max_length.",

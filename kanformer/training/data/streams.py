@@ -146,7 +146,7 @@ class Stream:
 
     def _next_epoch(self) -> None:
         if self.packer is not None:
-            self.packer.check(self._seen, len(self._rest))
+            self.packer.check(self._seen, len(self._rest), self.rows.name)
             if self.tell is not None:
                 self.tell(self.packer.summary(self._seen, len(self._rest)))
                 self.tell = None
