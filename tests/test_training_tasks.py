@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 import transformers as tf
 
 from data_cases import COLORS, described_folder, image, image_folder, own_cache, table  # noqa: F401
+from kanformer.cli import main
 from kanformer.errors import ConfigError, DataError
 from kanformer.training.data.images import open_image
 from kanformer.training.settings import FinetuneArguments
 from kanformer.training.tasks import available, embedding, find_task
 from model_cases import blocks
-from training_cases import checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights
+from training_cases import ROOT, checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 FAST = {"learning_rate": 1e-2, "new_module_learning_rate": 1e-2, "lr_scheduler_type": "constant"}
@@ -308,3 +310,28 @@ def test_paths_in_a_table_are_images_too(tmp_path):
     settings = {"task": "image_classification", "image_column": "picture", "label_column": "color", "max_steps": 2}
     results = run_finetune(vision(tmp_path / "vit"), path, tmp_path / "out", train_rest=False, **settings)
     assert 0.0 <= results["eval_accuracy"] <= 1.0 and results["tokens"] == 8  # images are counted
+
+
+@pytest.mark.parametrize("name", [*available(), "streamed"])
+def test_the_configs_of_the_tasks_run_as_their_comments_say(tmp_path, name):
+    words = {"causal_lm": ("llama", "text.txt"), "masked_lm": ("bert", "text.txt"), "streamed": ("llama", "text.txt")}
+    family, file = words.get(name, ("bert", "rows.jsonl"))
+    rows = {
+        "token_classification": sentences(40),
+        "embedding": pairs(40),
+        "classification": [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts(40))],
+    }
+    if name == "image_classification":
+        model, source = vision(tmp_path / "model"), ["--train_dir", image_folder(tmp_path / "images", 6)]
+    else:
+        path = tmp_path / file
+        source = ["--train_file", table(path, rows.get(name) or [{"text": text} for text in texts(40)])]
+        model = checkpoint(tmp_path / "model", family)
+    more = ["--streaming", "--validation_samples", "10", "--shuffle_buffer_size", "20"] if name == "streamed" else []
+    config = ROOT / f"configs/finetune_{'causal_lm' if name == 'streamed' else name}.yaml"
+    command = re.findall(r"#   accelerate launch .* scripts/finetune.py (--config \S+) (--\S+)", config.read_text(encoding="utf-8"))
+    assert command == [(f"--config configs/{config.name}", source[0])]
+    small = ["--model_name_or_path", model, "--output_dir", str(tmp_path / "out"), "--max_length", "12", "--max_steps", "2", "--disable_tqdm"]
+    sizes = ["--per_device_train_batch_size", "4", "--eval_steps", "1", "--save_steps", "2"]
+    main(["finetune", "--config", str(config), *source, *small, *sizes, *more])
+    assert (tmp_path / "out" / "model" / "config.json").is_file() and (tmp_path / "out" / "all_results.json").is_file()

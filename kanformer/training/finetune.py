@@ -47,6 +47,8 @@ def _load(arguments: FinetuneArguments, source: str, accelerator: Any) -> Finetu
     processor = kind.load_processor(arguments)
     train, held = open_data(arguments, columns, mix=kind.mixed, seed=arguments.order_seed)
     task = kind(arguments, processor, train, held)
+    if task.classes is not None:
+        task.classes = task.classes.as_in(_numbers_of(source))
     model = load_model(source, kind.auto_class, attn_implementation=arguments.attn_implementation, **task.model_settings())
     task.check(model)
     if accelerator.is_main_process:
@@ -59,6 +61,17 @@ def _load(arguments: FinetuneArguments, source: str, accelerator: Any) -> Finetu
     _freeze(model, arguments, kind.heads)
     task.connect(model.to(accelerator.device))
     return task
+
+
+def _numbers_of(source: str) -> dict[str, int] | None:
+    """The numbers that a checkpoint gives to its classes; None where it cannot be read, which loading it will say."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(source)
+        return {name: int(number) for name, number in config.label2id.items()}
+    except Exception:
+        return None
 
 
 def _patch(model: nn.Module, arguments: FinetuneArguments, task: FinetuneTask) -> nn.Module:

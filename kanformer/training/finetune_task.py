@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kanformer.surgery.loading import load_tokenizer
 from kanformer.training.data import Column, Rows, Stream, Table
+from kanformer.training.data.labels import Classes
 from kanformer.training.models import check_length
 from kanformer.training.settings import FinetuneArguments
 from kanformer.training.task import Task
@@ -43,6 +44,7 @@ class FinetuneTask(Task):
         mixed: the rows are mixed before some are held out, since they may be sorted by class.
         lazy: examples are made when they are needed, as images are too large to keep.
         tokenizer: the tokenizer or image processor.
+        classes: of the labels, where they are classes.
     """
 
     auto_class: ClassVar[str]
@@ -53,6 +55,7 @@ class FinetuneTask(Task):
     def __init__(self, arguments: FinetuneArguments, processor: Any, train: Table | Rows, held: Table) -> None:
         self.arguments, self.tokenizer, self.train_rows, self.held_rows = arguments, processor, train, held
         self.base = arguments.model_name_or_path
+        self.classes: Classes | None = None
         self.tell: Callable[[str], None] | None = None
         self.train: Any = []
         self.held: Any = []
@@ -69,8 +72,8 @@ class FinetuneTask(Task):
         return load_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path)
 
     def model_settings(self) -> dict[str, Any]:
-        """What `from_pretrained` is told, for example the classes."""
-        return {}
+        """What `from_pretrained` is told: the classes, if there are any."""
+        return self.classes.settings if self.classes is not None else {}
 
     def check(self, model: nn.Module) -> None:
         """Refuses a model that does not fit the task."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,24 @@ class Classes:
     """The names of a column's classes, in the order of their numbers.
 
     Attributes:
-        indexed: whether whole numbers in the column are places in `names`, as where the settings give names to them.
+        given: whether the settings name them. indexed: whether whole numbers in the column are places in `names`, to which the settings give names.
     """
 
     column: str
     names: tuple[str, ...]
+    given: bool = False
     indexed: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a transformers config says of them."""
         return {"num_labels": len(self.names), "id2label": dict(enumerate(self.names)), "label2id": dict(self._numbers)}
+
+    def as_in(self, label2id: Mapping[str, int] | None) -> Classes:
+        """The same classes with a checkpoint's numbers, where it has the same names: its head was trained with these. Numbers that the settings give stay."""
+        if self.given or not label2id or set(label2id) != set(self.names):
+            return self
+        return dataclasses.replace(self, names=tuple(sorted(label2id, key=lambda name: label2id[name])))
 
     def number(self, value: Any, part: Table | Rows) -> int:
         """The number of a value of the column.
@@ -82,7 +90,7 @@ def find_classes(part: Table | Rows, column: str, given: Sequence[Any] | None, v
     if len(names) < 2 or len(set(names)) < len(names):
         got = f"one class only ({names})" if len(names) < 2 else f"the same name twice ({names})"
         raise DataError("read the classes", subject=_place(part, column), got=got, expected="at least two, each with a name of its own")
-    return Classes(column, tuple(names), indexed=bool(given) and not any(name.lstrip("-").isdigit() for name in names))
+    return Classes(column, tuple(names), given=bool(given), indexed=bool(given) and not any(name.lstrip("-").isdigit() for name in names))
 
 
 def class_name(value: Any, part: Table | Rows, column: str) -> str:

@@ -85,7 +85,7 @@ def find_files(files: str | Sequence[str]) -> list[str]:
     for name in [files] if isinstance(files, str) else files:
         matches = [name] if Path(name).exists() else sorted(path for path in glob.glob(str(name), recursive=True) if Path(path).is_file())
         if not matches:
-            raise DataError("read the text", subject=name, got="no such file")
+            raise DataError("read the text", subject=name, got="No such file or directory")
         if Path(matches[0]).is_dir():
             raise DataError("read the text", subject=name, got="a directory", hint="Name its files (FOLDER/*.jsonl), or give it as dataset_name.")
         found += map(str, matches)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kanformer.errors import DataError
 from kanformer.training.data import TEXT, Column, Rows, Table, pad, pad_token
-from kanformer.training.data.labels import Classes, find_classes
+from kanformer.training.data.labels import find_classes
 from kanformer.training.finetune_task import FinetuneTask
 from kanformer.training.language_model import logits_of, token_loss
 from kanformer.training.settings import FinetuneArguments
@@ -34,16 +34,13 @@ class Classification(FinetuneTask):
         column = arguments.label_column
         labels = held.values(column) if isinstance(train, Rows) else train.values(column)
         self.regression = arguments.label_names is None and all(isinstance(label, float) for label in labels)
-        self.classes: Classes | None = None
         if not self.regression:
             self.classes = find_classes(train, column, arguments.label_names, labels)
             self.classes.check(held.values(column), held)
         self.metrics = ("loss", "mae") if self.regression else ("loss", "accuracy")
 
     def model_settings(self) -> dict[str, Any]:
-        if self.classes is None:
-            return {"num_labels": 1, "problem_type": "regression"}
-        return self.classes.settings
+        return {"num_labels": 1, "problem_type": "regression"} if self.regression else super().model_settings()
 
     def check(self, model: nn.Module) -> None:
         super().check(model)

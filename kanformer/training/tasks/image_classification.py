@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kanformer.errors import CheckpointError
 from kanformer.training.data import IMAGE, Column, Rows, Table
 from kanformer.training.data.images import open_image
-from kanformer.training.data.labels import find_classes
+from kanformer.training.data.labels import Classes, find_classes
 from kanformer.training.finetune_task import FinetuneTask
 from kanformer.training.language_model import logits_of, token_loss
 from kanformer.training.settings import FinetuneArguments
@@ -45,11 +45,8 @@ class ImageClassification(FinetuneTask):
     def __init__(self, arguments: FinetuneArguments, processor: Any, train: Table | Rows, held: Table) -> None:
         super().__init__(arguments, processor, train, held)
         column = arguments.label_column
-        self.classes = find_classes(train, column, arguments.label_names, () if isinstance(train, Rows) else train.values(column))
+        self.classes: Classes = find_classes(train, column, arguments.label_names, () if isinstance(train, Rows) else train.values(column))
         self.classes.check(held.values(column), held)
-
-    def model_settings(self) -> dict[str, Any]:
-        return self.classes.settings
 
     def check(self, model: nn.Module) -> None:
         """Images have the size that their processor gives them."""

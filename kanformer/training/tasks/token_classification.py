@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, DataError
 from kanformer.training.data import VALUE, WORDS, Column, Rows, Table, pad, pad_token
-from kanformer.training.data.labels import find_classes
+from kanformer.training.data.labels import Classes, find_classes
 from kanformer.training.entities import entities, f1_scores, is_iob
 from kanformer.training.finetune_task import FinetuneTask
 from kanformer.training.language_model import counted, logits_of, token_loss
@@ -44,13 +44,10 @@ class TokenClassification(FinetuneTask):
         for part in (train, held):
             if isinstance(part, Table):
                 _check_lengths(part.all(), part, arguments)
-        self.classes = find_classes(train, column, arguments.label_names, () if isinstance(train, Rows) else _flat(train, column))
+        self.classes: Classes = find_classes(train, column, arguments.label_names, () if isinstance(train, Rows) else _flat(train, column))
         self.classes.check(_flat(held, column), held)
         self.iob = is_iob(self.classes.names)
         self.metrics = ("loss", "accuracy", "precision", "recall", "f1") if self.iob else ("loss", "accuracy")
-
-    def model_settings(self) -> dict[str, Any]:
-        return self.classes.settings
 
     def encode(self, rows: dict[str, list], part: Table | Rows) -> list[Any]:
         """(token ids, labels), both of the same length, of each row."""
