@@ -104,12 +104,12 @@ def test_labels_need_a_table(tmp_path):
 
 
 def test_one_text_cannot_be_split(tmp_path):
-    with pytest.raises(DataError, match="got 1 text, expected at least 2"):
+    with pytest.raises(DataError, match="got 1 row, expected at least 2"):
         load(write_text(tmp_path / "t.txt", 1))
 
 
 def test_no_source_at_all_is_refused():
-    with pytest.raises(DataError, match="neither train_file nor dataset_name"):
+    with pytest.raises(DataError, match="neither train_file nor dataset_name nor train_dir"):
         load_texts(DataArguments(), ["text"])
 
 
@@ -129,7 +129,7 @@ def test_columns_of_the_wrong_content_are_refused(tmp_path, rows, message):
 
 def test_a_dataset_brings_its_own_held_out_part(monkeypatch):
     parts = {name: datasets.Dataset.from_list(rows) for name, rows in (("train", ROWS[:8]), ("test", ROWS[8:]))}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *words: parts)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **options: parts)
     train, held = load_texts(DataArguments(dataset_name="mine"), ["text"])
     assert (len(train["text"]), len(held["text"])) == (8, 12)
     del parts["train"]

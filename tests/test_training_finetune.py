@@ -11,13 +11,16 @@ from datasets import config as datasets_config
 
 from kanformer.errors import ConfigError, DataError
 from kanformer.surgery.saving.loading import load_model
-from kanformer.training import finetune
+from kanformer.training import finetune_task
+from kanformer.training.data import Table
 from kanformer.training.settings import FinetuneArguments
+from kanformer.training.tasks import find_task
 from training_cases import checkpoint, curve, metrics, run_finetune, texts, tokenizer, weights, write_text
 
 FAST = {"learning_rate": 1e-2, "new_module_learning_rate": 1e-2, "lr_scheduler_type": "constant"}
 TASKS = [("causal_lm", "gpt2"), ("causal_lm", "llama"), ("masked_lm", "bert"), ("classification", "bert"), ("classification", "gpt2")]
 AUTO = {"causal_lm": tf.AutoModelForCausalLM, "masked_lm": tf.AutoModelForMaskedLM, "classification": tf.AutoModelForSequenceClassification}
+EMPTY = (Table("none", [], []), Table("none", [], []))
 each_task = pytest.mark.parametrize(("task", "name"), TASKS, ids=["-".join(pair) for pair in TASKS])
 
 
@@ -54,14 +57,14 @@ def test_what_can_be_learned_by_heart_is_learned(tmp_path, task, name):
 @each_task
 def test_the_saved_model_is_bit_for_bit_what_was_evaluated(tmp_path, task, name, monkeypatch):
     seen = []
-    real = finetune.TextTask.evaluate
-    monkeypatch.setattr(finetune.TextTask, "evaluate", lambda self: (seen.append((self.model, self)), real(self))[1])
+    real = finetune_task.FinetuneTask.evaluate
+    monkeypatch.setattr(finetune_task.FinetuneTask, "evaluate", lambda self: (seen.append((self.model, self)), real(self))[1])
     results = run_finetune(checkpoint(tmp_path / name, name), source(tmp_path, task), tmp_path / "out", task=task)
     trained, job = seen[-1]
     loaded = AUTO[task].from_pretrained(tmp_path / "out" / "model").eval()
     state = trained.state_dict()
     assert state.keys() == loaded.state_dict().keys() and all(torch.equal(tensor, state[key]) for key, tensor in loaded.state_dict().items())
-    job.module = job.model = finetune.SummedLoss(loaded, task)
+    job.connect(loaded)
     with torch.no_grad():
         found = real(job)
     assert found["loss"] == results["eval_loss"]
@@ -92,8 +95,8 @@ def test_what_is_trained(tmp_path, task, name, train_rest):
 def test_masking_hides_only_real_tokens_and_only_the_hidden_are_counted(tmp_path):
     words = tokenizer()
     arguments = FinetuneArguments(task="masked_lm", mlm_probability=0.5)
-    job = finetune.TextTask(finetune.SummedLoss(torch.nn.Identity(), "masked_lm"), words, [[9] * 200 + [3]] * 20 + [[8, 3]], [], arguments, None)
-    batch = job.batch(list(range(21)))
+    job = find_task("masked_lm")(arguments, words, *EMPTY)
+    batch = job.collate([[9] * 200 + [3]] * 20 + [[8, 3]])
     labels, hidden = batch["labels"], batch["labels"] != -100
     assert 0.45 < hidden[:20, :200].double().mean() < 0.55 and not hidden[:, 200].any() and not hidden[20, 1:].any()
     assert job.items(batch) == hidden.sum() and (labels[:20][hidden[:20]] == 9).all()
@@ -106,7 +109,8 @@ def test_causal_loss_is_that_of_transformers(tmp_path):
     model = load_model(checkpoint(tmp_path / "llama", "llama"))
     ids = torch.randint(4, 40, (3, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    job = finetune.TextTask(finetune.SummedLoss(model, "causal_lm"), tokenizer(), [], [], FinetuneArguments(), None)
+    job = find_task("causal_lm")(FinetuneArguments(), tokenizer(), *EMPTY)
+    job.connect(model)
     with torch.no_grad():
         assert float(job.module(batch)[0] / job.items(batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
@@ -136,11 +140,13 @@ def test_a_masked_language_model_needs_a_mask_token(tmp_path):
         run_finetune(folder, write_text(tmp_path / "text.txt"), tmp_path / "out", task="masked_lm")
 
 
-@pytest.mark.parametrize(("labels", "message"), [("aaaa", "one class only"), ("aabbc", "unseen held-out classes \\['c'\\]")])
+@pytest.mark.parametrize(("labels", "message"), [("aaaa", "one class only"), ("aabb", "unseen held-out classes \\['c', 'd'\\]")])
 def test_classes_that_cannot_be_learned_are_refused(tmp_path, labels, message):
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "bad", "label": label}) + "\n" for label in labels), encoding="utf-8")
+    for name, classes in (("t", labels), ("v", "abcd")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": "bad", "label": label}) + "\n" for label in classes), encoding="utf-8")
+    settings = {"task": "classification", "validation_file": str(tmp_path / "v.jsonl")}
     with pytest.raises(DataError, match=message):
-        run_finetune(checkpoint(tmp_path / "bert"), str(tmp_path / "t.jsonl"), tmp_path / "out", task="classification")
+        run_finetune(checkpoint(tmp_path / "bert"), str(tmp_path / "t.jsonl"), tmp_path / "out", **settings)
 
 
 def test_evaluation_masks_the_same_tokens_every_time(tmp_path):

@@ -148,7 +148,7 @@ def test_a_run_that_diverges_stops_before_it_writes_ruined_weights(tmp_path, tex
 
     monkeypatch.setattr(loop.Trainer, "_optimize", optimize)
     if where == "evaluation":
-        monkeypatch.setattr("kanformer.training.finetune.TextTask.evaluate", lambda self: {"loss": math.nan})
+        monkeypatch.setattr("kanformer.training.finetune_task.FinetuneTask.evaluate", lambda self: {"loss": math.nan})
     with pytest.raises(TrainingDiverged, match="Lower the learning rate"):
         run_finetune(llama, text, tmp_path / "out", save_steps=2, max_steps=6, max_grad_norm=0, save_total_limit=None)
     steps = [2, 4, 6] if where == "evaluation" else [2, 4]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kanformer.cli import main
 from kanformer.errors import CheckpointError, ConfigError, TrainingDiverged
-from kanformer.training import finetune, loop
+from kanformer.training import finetune_task, loop
 from kanformer.training.checkpoint import complete_checkpoints
 from kanformer.training.settings import LoopArguments
 from kanformer.training.stopping import Stopping
@@ -31,7 +31,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture
 def told(monkeypatch):
     """Evaluations measure what VALUES say."""
-    real = finetune.TextTask.evaluate
+    real = finetune_task.FinetuneTask.evaluate
     trainers = []
 
     def keep(self, *words, **options):
@@ -43,7 +43,7 @@ def told(monkeypatch):
 
     start = loop.Trainer.__init__
     monkeypatch.setattr(loop.Trainer, "__init__", keep)
-    monkeypatch.setattr(finetune.TextTask, "evaluate", evaluate)
+    monkeypatch.setattr(finetune_task.FinetuneTask, "evaluate", evaluate)
 
 
 SETTINGS = {"max_steps": 12, "eval_steps": 2, "learning_rate": 1e-2}
@@ -256,13 +256,13 @@ def fresh_accelerate():
 
 
 def test_mixed_precision_is_a_setting_of_its_own(tmp_path, inputs, monkeypatch, fresh_accelerate):
-    real, seen = finetune.SummedLoss.forward, set()
+    real, seen = finetune_task.SummedLoss.forward, set()
 
     def forward(self, batch):
         seen.add((torch.is_autocast_enabled("cpu"), self.model.model.layers[0].mlp.kan_up(torch.ones(1, 32)).dtype))
         return real(self, batch)
 
-    monkeypatch.setattr(finetune.SummedLoss, "forward", forward)
+    monkeypatch.setattr(finetune_task.SummedLoss, "forward", forward)
     run_finetune(*inputs, tmp_path / "out", bf16=True, max_steps=2)
     assert seen == {(True, torch.bfloat16)} and weights(tmp_path / "out")["model.layers.0.mlp.kan_up.weight"].dtype == torch.float32
     with pytest.raises(ConfigError, match="got bf16 and fp16, expected at most one"):

@@ -22,7 +22,7 @@ from kanformer.evaluation.subjects import Subjects, load_subjects
 from kanformer.evaluation.texts import Batch, Reader
 from kanformer.surgery.folders import check_writable, replace_file
 from kanformer.surgery.saving.loading import quiet_transformers
-from kanformer.training.data import file_columns, load_texts
+from kanformer.training.data import file_columns, load_held_out
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def _corpora(arguments: EvaluateArguments) -> list[tuple[str, str, list[str]]]:
     if arguments.validation_file and not (arguments.train_file or arguments.dataset_name):
         texts = file_columns(arguments.validation_file, [column])[column][:limit]
     else:
-        texts = load_texts(arguments, [column])[1][column]
+        texts = load_held_out(arguments, [column])[column]
     held_out = arguments.dataset_name or arguments.validation_file or arguments.train_file
     found = [("training corpus", f"held-out text of {held_out}", texts)]
     if arguments.second_file:

@@ -60,7 +60,8 @@ def gather(arguments: StudyArguments) -> Texts:
     seen = set(train)
     held_out, other = ([text for text in dict.fromkeys(part) if text not in seen] for part in (held, second))
     dropped = len(held) + len(second) - len(held_out) - len(other)
-    source = Path(own).name if own else library.name if library else ""
+    files = [own] if isinstance(own, str) else own or []
+    source = ", ".join(Path(file).name for file in files) or (library.name if library else "")
     found = Texts(train, held_out[:limit], other[:limit], source, second_source, dropped)
     for name, part in (("held-out", found.held_out), ("second", found.second)):
         if len(part) < FEWEST:

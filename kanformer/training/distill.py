@@ -24,7 +24,8 @@ from kanformer.surgery.finding.sites import Site
 from kanformer.surgery.folders import replace_file
 from kanformer.surgery.record import get_record
 from kanformer.training.block_pairs import Unexplained, watched_blocks
-from kanformer.training.data import load_texts, pad, pad_token, tokenize
+from kanformer.training.data import Stream, first_texts, open_texts, pad, pad_token, text_examples, tokenize
+from kanformer.training.dry_run import dry_run
 from kanformer.training.loop import Trainer
 from kanformer.training.models import load_patched, teacher_sites
 from kanformer.training.settings import DistillArguments
@@ -135,7 +136,7 @@ class DistillTask(Task):
         distiller: Distiller,
         student: nn.Module,
         tokenizer: Any,
-        train: list[list[int]],
+        train: list[list[int]] | Stream,
         held: list[list[int]],
         batch_size: int,
         stored: TeacherStates | None = None,
@@ -143,7 +144,10 @@ class DistillTask(Task):
         self.stored, self.metrics = stored, ("fvu", "fvu_worst")
         self.module, self.model, self.tokenizer = distiller, student, tokenizer
         self.train, self.held, self.batch_size = train, held, batch_size
-        self.examples, self.lengths = len(train), [len(example) for example in train]
+        if isinstance(train, Stream):
+            self.stream, self.examples = train, None
+        else:
+            self.examples, self.lengths = len(train), [len(example) for example in train]
         self.layers: list[float] = []
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
@@ -202,10 +206,12 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         raise ConfigError("distil", got="no teacher_name_or_path", hint="Name the original model: --teacher_name_or_path FOLDER_OR_ID.")
     if arguments.teacher_states and arguments.local_weight:
         raise ConfigError("distil", got="teacher_states with local_weight above 0", hint="They hold hidden states only: set local_weight to 0.")
+    if arguments.teacher_states and arguments.streaming:
+        raise ConfigError("distil", got="teacher_states with streaming", hint="A stream has no end to be stored: leave one of them out.")
     start, checkpoint, accelerator = start_run(arguments)
-    texts, held = load_texts(arguments, [arguments.text_column])
+    texts, held = open_texts(arguments, arguments.order_seed)
     source = str(checkpoint) if checkpoint else arguments.model_name_or_path
-    student, teacher, tokenizer = load_patched(source, arguments.teacher_name_or_path, arguments, texts[arguments.text_column])
+    student, teacher, tokenizer = load_patched(source, arguments.teacher_name_or_path, arguments, first_texts(texts, arguments.calibration_samples))
     student.to(accelerator.device)
     teacher.to(accelerator.device)
     blocks = {path: module for path, module in student.named_modules() if isinstance(module, KANFeedForward)}
@@ -213,9 +219,10 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     _freeze(student, blocks.values(), arguments.train_rest)
     chosen = [blocks[site.path] for site in sites]
     distiller = Distiller(teacher, student, sites, chosen, arguments.local_weight, arguments.hidden_weight).to(accelerator.device)
-    train_examples, held_examples = (tokenize(tokenizer, part[arguments.text_column], arguments.max_length) for part in (texts, held))
+    train_examples = text_examples(texts, tokenizer, arguments.max_length)
+    held_examples = tokenize(tokenizer, held.values(arguments.text_column), arguments.max_length)
     stored = None
-    if arguments.teacher_states:
+    if arguments.teacher_states and not arguments.dry_run and not isinstance(train_examples, Stream):
         path = Path(arguments.teacher_states)
         if accelerator.is_main_process and not path.exists():
             with accelerator.autocast():
@@ -224,6 +231,8 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
         stored = TeacherStates(path, train_examples)
     task = DistillTask(distiller, student, tokenizer, train_examples, held_examples, arguments.per_device_eval_batch_size, stored)
     task.base = arguments.teacher_name_or_path
+    if arguments.dry_run:
+        return dry_run(task, arguments, accelerator, teacher)
     if arguments.local_weight:
         task.measure_scale()
     before = task.evaluate()

@@ -23,7 +23,7 @@ from kanformer.surgery.saving.hub import save_pretrained
 from kanformer.surgery.saving.loading import load_model
 from kanformer.training.arguments import to_yaml
 from kanformer.training.checkpoint import RESULTS, drop_old
-from kanformer.training.data import Order, micro_batches
+from kanformer.training.data import micro_batches
 from kanformer.training.distribution import check_same_start, is_deepspeed, ready_to_wrap
 from kanformer.training.journal import Journal, Window
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
@@ -38,6 +38,7 @@ from kanformer.training.sharding import (
     reshard,
     settle_root,
 )
+from kanformer.training.steps import examples_per_step, with_steps
 from kanformer.training.stopping import Stopping, diverged
 from kanformer.training.task import Task
 from kanformer.training.trackers import start_trackers
@@ -47,6 +48,8 @@ class Trainer:
     """Runs a `Task` for `max_steps` or until it gets no better, from the newest complete checkpoint when asked to resume."""
 
     def __init__(self, task: Task, arguments: LoopArguments, accelerator: Any, start_step: int = 0, checkpoint: Path | None = None) -> None:
+        group = examples_per_step(arguments, accelerator.num_processes)
+        arguments = with_steps(arguments, task.examples, group)
         self.task, self.arguments, self.accelerator = task, arguments, accelerator
         self.output_dir = Path(arguments.output_dir)
         self.step, self.tokens = start_step, 0
@@ -55,8 +58,7 @@ class Trainer:
         ready_to_wrap(accelerator, task.module, task.model, arguments)
         self.module, self.optimizer = accelerator.prepare(task.module, optimizer)
         settle_root(self.module)
-        group = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        self.order = Order(task.examples, arguments.seed, task.lengths, group)
+        self.order, self.group = task.order(arguments, group), group
         self.results: dict[str, Any] = {}
         self.journal, self.window = Journal(self.output_dir, accelerator), Window()
         self.stopping = Stopping(arguments, task.metrics)
@@ -230,6 +232,8 @@ class Trainer:
         if main:
             info = {"step": self.step, "tokens": self.tokens, "arguments": dataclasses.asdict(self.arguments)}
             state = {"optimizer": optimizer, "random": states, "window": self.window.state(), "stopping": self.stopping.state()}
+            if self.task.stream is not None:
+                state["stream"] = {"group": self.group, **self.task.stream.state()}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
 
@@ -270,6 +274,7 @@ class Trainer:
             raise CheckpointError(
                 "go on from the checkpoint", subject=checkpoint, got=reason(error), hint="Delete that folder to go on from the checkpoint before it."
             ) from error
+        self._load_stream(state.get("stream"), checkpoint)
         best = self.output_dir / f"checkpoint-{self.stopping.best_step}"
         if self.arguments.load_best_model_at_end and self.stopping.best_step and not best.is_dir():
             raise CheckpointError(
@@ -280,6 +285,16 @@ class Trainer:
             )
         if len(state["random"]) == self.accelerator.num_processes:
             self._set_random_state(state["random"][self.accelerator.process_index])
+
+    def _load_stream(self, state: dict[str, Any] | None, checkpoint: Path) -> None:
+        """Lets a stream go on where it was; it counts in examples, so steps must hold as many as before."""
+        if self.task.stream is None:
+            return
+        if state is None or state["group"] != self.group:
+            before = "data that were not streamed" if state is None else f"{state['group']} examples per step"
+            hint = "Keep streaming, and per_device_train_batch_size x gradient_accumulation_steps x processes, as they were."
+            raise CheckpointError("go on from the checkpoint", subject=checkpoint, got=before, expected=f"a stream, {self.group} per step", hint=hint)
+        self.task.stream.load(state)
 
     def _set_random_state(self, states: list[Tensor] | Tensor) -> None:
         host, *device = states if isinstance(states, list) else [states]  # up to version 0.2 the host's alone
@@ -307,7 +322,7 @@ class Trainer:
 
 def _tokens(batch: dict[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else next(iter(batch.values())).numel()
+    return int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
 
 
 def _number(norm: Any) -> float:

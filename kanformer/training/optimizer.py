@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, arguments: LoopArguments) -> list[dict]:
             kind = "spline" if id(parameter) in splines else "kan" if id(parameter) in new else "rest"
             groups.setdefault((kind, kind != "spline" and parameter.dim() >= 2), []).append(parameter)
     return [
-        {"params": parameters, "lr": rates[kind], "weight_decay": arguments.weight_decay if decayed else 0.0}
+        {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": arguments.weight_decay if decayed else 0.0}
         for (kind, decayed), parameters in sorted(groups.items())
     ]
 

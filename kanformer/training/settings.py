@@ -5,20 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kanformer.training.arguments import option
+from kanformer.training.tasks import available
 
 REST = ("none", "norms", "all")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
-TASKS = ("causal_lm", "masked_lm", "classification")
+TASKS = available()
+SAMPLING = ("random", "sequential")
 
 
 @dataclass
 class DataArguments:
-    """Where the text comes from and how it is cut."""
+    """Where the data come from, which columns are read, and how text is cut."""
 
-    train_file: str | None = option(None, "text to train on: .txt (a text per line), .jsonl, .csv or .parquet")
-    validation_file: str | None = option(None, "held-out text; absent: a part of the training text")
-    dataset_name: str | None = option(None, "a Hugging Face dataset instead of files")
+    train_file: str | list | None = option(None, "text to train on: .txt (a text per line), .jsonl, .csv or .parquet; a file, a glob, or a list of them (YAML)")
+    validation_file: str | list | None = option(None, "held-out text; absent: a part of the training text")
+    train_dir: str | None = option(None, "images to train on: a folder with a folder for each class, or with images and a metadata.jsonl")
+    validation_dir: str | None = option(None, "held-out images")
+    dataset_name: str | None = option(None, "instead: a Hugging Face dataset, a folder of files, or one that save_to_disk wrote")
     dataset_config_name: str | None = option(None, "its configuration")
+    dataset_revision: str | None = option(None, "its branch, tag or commit")
+    train_split: str = option("train", "its part to train on")
+    validation_split: str | None = option(None, "its held-out part; absent: validation or test if there is one, else a part of the training data")
+    streaming: bool = option(False, "read the data while training, holding a window of them; how long is said by max_steps")
+    shuffle_buffer_size: int = option(1000, "streaming: rows of that window, which is shuffled as a whole", ge=1)
+    validation_samples: int = option(
+        512, "streaming: rows held out, the first of the held-out data or, without them, of the stream, which starts after them", ge=1
+    )
     text_column: str = option("text", "column that holds the text")
     label_column: str = option("label", "column that holds the class (classification)")
     validation_split_percentage: float = option(5.0, "held-out share in percent where no validation text is given", gt=0, le=50)
@@ -34,6 +46,9 @@ class LoopArguments:
 
     output_dir: str = option("", "folder for the model, metrics.jsonl and checkpoints")
     max_steps: int = option(200, "optimizer steps", ge=1)
+    num_train_epochs: float | None = option(None, "instead: passes over the training data (not for streams)", gt=0)
+    train_sampling_strategy: str = option("random", "order of the examples: shuffled in every epoch, or as they come", SAMPLING)
+    dry_run: bool = option(False, "print what would be trained, on how much, in how much memory, and stop; nothing is written")
     per_device_train_batch_size: int = option(16, "examples per process and micro-batch", ge=1)
     per_device_eval_batch_size: int = option(32, "examples per process in evaluation", ge=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per step; the loss is weighted by tokens, so k x 1 = 1 x k", ge=1)
@@ -53,7 +68,7 @@ class LoopArguments:
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     eval_on_start: bool = option(False, "evaluate before the first step too")
     metric_for_best_model: str | None = option(None, "what evaluations are compared by; absent: loss, or fvu in distillation")
-    greater_is_better: bool | None = option(None, "whether more of it is better; absent: for accuracy only")
+    greater_is_better: bool | None = option(None, "whether more of it is better; absent: for accuracy, precision, recall, f1, spearman")
     early_stopping_patience: int | None = option(None, "stop after so many evaluations in a row that are not better than the best before", ge=1)
     early_stopping_threshold: float = option(0.0, "by how much better they must be", ge=0)
     load_best_model_at_end: bool = option(False, "the final model is that of the best evaluation; its checkpoint is written then and kept")
@@ -70,6 +85,11 @@ class LoopArguments:
     run_name: str | None = option(None, "the run's name there; absent: that of output_dir")
     disable_tqdm: bool = option(False, "no progress bar")
     progress_position: int = option(0, "line of the progress bar, for runs side by side", ge=0)
+
+    @property
+    def order_seed(self) -> int | None:
+        """What the order of the examples depends on; None: they stay as they come."""
+        return self.seed if self.train_sampling_strategy == "random" else None
 
 
 @dataclass
@@ -96,12 +116,22 @@ class FinetuneArguments(LoopArguments, DataArguments):
     """Settings of `scripts/finetune.py`."""
 
     model_name_or_path: str = option("", "patched checkpoint, or a stock one to patch with `kan`")
-    tokenizer_name: str | None = option(None, "tokenizer, if not the model's")
+    tokenizer_name: str | None = option(None, "tokenizer or image processor, if not the model's")
     task: str = option("causal_lm", "what to train for", TASKS)
     kan: dict | list | None = option(None, "KANConfig values, or a list of them, to patch a stock model before training")
     train_rest: bool = option(True, "train the rest of the model too, at learning_rate")
+    packing: bool | None = option(None, "language models: blocks of max_length cut from all texts in a row, or a text each; absent: for causal_lm only")
     mlm_probability: float = option(0.15, "share of masked tokens (masked_lm)", gt=0, le=1)
-    calibration_samples: int = option(256, "texts for pruning and grids, where `kan` is given", ge=1)
+    label_names: list | None = option(None, "names of the classes or tags in the order of their numbers; absent: as found in the data (streams do not say)")
+    text_pair_column: str | None = option(None, "column of the second text: of a pair to classify, or the text that belongs to text_column's (embedding)")
+    tokens_column: str = option("tokens", "column of the lists of words (token_classification)")
+    tags_column: str = option("tags", "column of the lists of their tags (token_classification)")
+    image_column: str = option("image", "column of the images or their paths (image_classification)")
+    score_column: str | None = option(
+        None, "embedding: column of the cosine that a pair shall have, in [-1, 1]; absent: other pairs of the batch are negatives"
+    )
+    similarity_scale: float = option(20.0, "embedding: factor of the cosines among the batch, one over the temperature", gt=0)
+    calibration_samples: int = option(256, "training examples for pruning and grids, where `kan` is given", ge=1)
 
 
 @dataclass
@@ -120,4 +150,5 @@ class CalibrateArguments:
     attn_implementation: str | None = option(None, "attention of the model, as in from_pretrained")
     save_steps: int = option(100, "batches between two states beside out, from which --resume goes on", ge=1)
     resume: bool = option(False, "go on from the newest state")
+    dry_run: bool = option(False, "print the blocks, the data and the memory, and stop; nothing is written")
     json: bool = option(False, "print the numbers as JSON")

@@ -14,6 +14,7 @@ from kanformer.surgery.saving.loading import quiet_transformers
 from kanformer.training.checkpoint import RESULTS, complete_checkpoints
 from kanformer.training.distribution import check_distribution
 from kanformer.training.settings import LoopArguments
+from kanformer.training.steps import with_steps
 from kanformer.training.trackers import wanted_trackers
 
 
@@ -22,6 +23,8 @@ def start_run(arguments: LoopArguments) -> tuple[int, Path | None, Any]:
     from accelerate.utils import set_seed
 
     check_evaluations(arguments)
+    if arguments.num_train_epochs and getattr(arguments, "streaming", False):
+        with_steps(arguments, None, 1)  # refuses: a stream has no length
     start, checkpoint = prepare_output(arguments)
     accelerator = make_accelerator(arguments)
     check_distribution(accelerator, arguments)
