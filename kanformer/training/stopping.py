@@ -9,6 +9,8 @@ from typing import Any
 from kanformer.errors import ConfigError, TrainingDiverged, did_you_mean
 from kanformer.training.settings import LoopArguments
 
+_GREATER = ("accuracy", "top1_agreement", "embedding_cosine")  # metrics of which more is better
+
 
 class Stopping:
     """Keeps the best evaluation and counts those since that were no better, as transformers' `EarlyStoppingCallback` does.
@@ -31,7 +33,7 @@ class Stopping:
         self.metric = (arguments.metric_for_best_model or metrics[0]).removeprefix("eval_")
         if self.metric not in metrics:
             raise ConfigError("start training", subject="metric_for_best_model", got=repr(self.metric), hint=did_you_mean(self.metric, metrics))
-        self.sign = 1 if (self.metric == "accuracy" if arguments.greater_is_better is None else arguments.greater_is_better) else -1
+        self.sign = 1 if (self.metric in _GREATER if arguments.greater_is_better is None else arguments.greater_is_better) else -1
         self.best: float | None = None
         self.best_step = self.waited = self.above = 0
 
