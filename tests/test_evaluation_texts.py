@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation_cases import measured, subjects
-from kanformer.training.tallies import LanguageTally
 from kanformer.evaluation.texts import Reader, byte_widths
 from kanformer.training.masking import IGNORED
+from kanformer.training.tallies import LanguageTally
 from training_cases import checkpoint, texts, tokenizer
 
 
