@@ -21,6 +21,7 @@ from kanformer.training.data import read_lines
 from kanformer.training.distiller import Distiller
 from kanformer.training.objective import Objective, resolve
 from kanformer.training.settings import DistillArguments
+from kanformer.training.sharing import share
 from training_cases import SPECIAL, checkpoint, curve, metrics, run_distill, same_weights, tokenizer, weights, write_text
 
 LIVELY = {"initializer_range": 0.3}  # blocks that are no linear maps
@@ -160,11 +161,13 @@ def test_a_mixture_of_experts_is_distilled_end_to_end_only(tmp_path, text):
 def test_an_expert_without_tokens_gets_zeros_and_dropout_stays_off(tmp_path):
     teacher = load_model(mixture(tmp_path / "teacher"))
     student = patch_model(load_model(str(tmp_path / "teacher")), init="random")
+    share(student, teacher, "all")
     distiller = Distiller(teacher, student, [], [], Objective(local=0.0, kl=1.0, head="causal_lm")).train()
     ids = torch.tensor([[5, 6]])
     distiller({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0].backward()
-    kan = [parameter for name, parameter in student.named_parameters() if "kan_experts" in name]
-    assert kan and all(parameter.grad is not None for parameter in kan) and any(not parameter.grad.any() for parameter in kan)
+    trained = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None for gradient in trained.values())  # DDP waits for each
+    assert any("kan_experts" in name and not gradient.any() for name, gradient in trained.items()) and any("gate.weight" in name for name in trained)
     assert [module for module in student.modules() if module.training] == [module for module in student.modules() if isinstance(module, KANExperts)]
 
 

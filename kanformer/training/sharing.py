@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kanformer.layers import KANFeedForward
+from kanformer.layers import KANExperts, KANFeedForward
 
 
 def copy_sharing(model: nn.Module) -> nn.Module:
@@ -20,9 +20,7 @@ def copy_sharing(model: nn.Module) -> nn.Module:
 def trained_parameters(student: nn.Module, rest: str) -> list[nn.Parameter]:
     """Those of the KAN-FFNs, and of the normalisations ("norms") or of everything but embeddings and heads ("all"), each once."""
     base: nn.Module = getattr(student, "base_model", student)
-    pooler = getattr(base, "pooler", None)
-    # No hidden state, and so no loss, depends on the pooler.
-    left_out = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    left_out = _left_out(base)
     found: dict[int, nn.Parameter] = {}
     for module in base.modules() if rest != "none" else ():
         if module not in left_out and ("Norm" in type(module).__name__ or (rest == "all" and not isinstance(module, nn.Embedding))):
@@ -32,6 +30,17 @@ def trained_parameters(student: nn.Module, rest: str) -> list[nn.Parameter]:
             found |= {id(parameter): parameter for parameter in module.parameters()}
     embeddings = {id(parameter) for module in student.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters(recurse=False)}
     return [parameter for key, parameter in found.items() if key not in embeddings]  # a linear map that is tied to them stays as they are
+
+
+def _left_out(base: nn.Module) -> set[nn.Module]:
+    """Modules on which no loss depends: a pooler, and what stands in mixtures in memory of the original weights."""
+    pooler = getattr(base, "pooler", None)
+    found = set(pooler.modules()) if isinstance(pooler, nn.Module) else set()
+    for mixture in base.modules():
+        if isinstance(mixture, KANExperts):
+            memories = [child for name, child in mixture.named_children() if name not in ("kan_experts", "expert_norm")]
+            found |= {mixture, *(module for child in memories for module in child.modules())}
+    return found
 
 
 def share(student: nn.Module, teacher: nn.Module, rest: str) -> None:
