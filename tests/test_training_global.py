@@ -54,7 +54,7 @@ def encoder(folder, **changes) -> str:
         ("llama", None, {}, Objective(local=1.0, head="causal_lm"), "none"),
         ("llama", None, {"stage": "global"}, Objective(local=0.0, kl=1.0, head="causal_lm"), "all"),
         ("bert", None, {"stage": "global"}, Objective(local=0.0, kl=1.0, head="masked_lm"), "all"),
-        ("bert", "AutoModel", {"stage": "global"}, Objective(local=0.0, hidden=1.0, embedding=10.0), "all"),
+        ("bert", "AutoModel", {"stage": "global"}, Objective(local=0.0, hidden=1.0, embedding=0.1), "all"),
         ("bert", "AutoModel", {"stage": "global", "embedding_weight": 0.0, "local_weight": 0.5}, Objective(local=0.5, hidden=1.0), "all"),
         ("llama", None, {"stage": "global", "kl_weight": 0.9, "ce_weight": 0.1, "temperature": 2.0, "train_rest": "norms"},
          Objective(local=0.0, kl=0.9, ce=0.1, temperature=2.0, head="causal_lm"), "norms"),
@@ -72,7 +72,7 @@ def test_the_stage_fills_in_what_is_not_given(tmp_path, name, auto_class, settin
 def test_the_resolved_settings_are_written(tmp_path, text):
     run_distill(encoder(tmp_path / "teacher"), text, tmp_path / "run", max_steps=1, **GLOBAL)
     written = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
-    assert all(line in written for line in ("stage: global", "local_weight: 0.0", "hidden_weight: 1.0", "embedding_weight: 10.0", "train_rest: all"))
+    assert all(line in written for line in ("stage: global", "local_weight: 0.0", "hidden_weight: 1.0", "embedding_weight: 0.1", "train_rest: all"))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
@@ -89,7 +89,7 @@ def test_an_encoder_comes_closer_to_its_teachers_embeddings(tmp_path, text):
     assert 1 - results["eval_embedding_cosine"] < 0.5 * (1 - results["start_embedding_cosine"])
     assert 0 < results["eval_hidden"] < 0.7 * results["start_hidden"]
     line = metrics(tmp_path / "run")[0]
-    assert line["loss"] == pytest.approx(line["hidden"] + 10 * line["embedding"]) and "eval_kl" not in results
+    assert line["loss"] == pytest.approx(line["hidden"] + 0.1 * line["embedding"]) and "eval_kl" not in results
 
 
 def plain_losses(teacher, student, ids, mask, labels, temperature):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,7 +118,9 @@ def test_the_distillation_script_runs_under_accelerate_with_a_config_and_overrid
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
     done = python(*launch, str(ROOT / "scripts/distill.py"), *words)
     assert done.returncode == 0, done.stderr
-    assert "distilled: FVU" in done.stdout and "2/2" in done.stderr and "tok_s=" in done.stderr
+    assert "distilled: FVU" in done.stdout and "tok_s=" in done.stderr
+    assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d", done.stderr)  # time so far < time to go
+    assert f"Base model: `{Path(model).name}`" in (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
     resolved = (tmp_path / "out" / "config.yaml").read_text(encoding="utf-8")
     assert "max_steps: 2\n" in resolved and "param_ratio: 0.25" in resolved and "init: prune" in resolved
     assert weights(tmp_path / "out")["bert.encoder.layer.0.intermediate.kan_up.weight"].shape[0] < 24
@@ -130,6 +134,14 @@ def test_a_run_that_diverges_exits_with_3_and_says_so_on_a_line_of_its_own(tmp_p
     said = [line for line in lines if "cannot go on training" in line]
     assert len(said) == 1 and said[0].startswith("error: cannot go on training: got ") and "Lower the learning rate" in said[0]
     assert not (tmp_path / "out" / "model").exists() and all(torch.isfinite(tensor).all() for tensor in _last(tmp_path / "out"))
+
+
+def test_stage_two_that_diverges_exits_with_3_too_and_keeps_its_checkpoint(tmp_path, stage_two, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as leaving:
+        main(["distill", *stage_two, "--output_dir", str(out), "--loss_watchdog_threshold", "1e-9", "--loss_watchdog_patience", "5", "--save_steps", "1"])
+    assert leaving.value.code == 3 and "a loss above 1e-09 in 5 steps" in capsys.readouterr().err
+    assert not complete_checkpoints(out) and not (out / "model").exists()  # none is written while the loss is above
 
 
 def test_the_last_checkpoint_outlives_a_divergence(tmp_path, words):

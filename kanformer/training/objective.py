@@ -15,7 +15,7 @@ _WEIGHTS = ("local_weight", "hidden_weight", "embedding_weight", "kl_weight", "c
 _NONE = dict.fromkeys(_WEIGHTS, 0.0)
 _LOCAL = {**_NONE, "local_weight": 1.0, "train_rest": "none"}
 _LANGUAGE = {**_NONE, "kl_weight": 1.0, "train_rest": "all"}
-_ENCODER = {**_NONE, "hidden_weight": 1.0, "embedding_weight": 10.0, "train_rest": "all"}
+_ENCODER = {**_NONE, "hidden_weight": 1.0, "embedding_weight": 0.1, "train_rest": "all"}  # more of the embeddings, few and noisy in a batch, costs on MiniLM
 
 
 @dataclass(frozen=True)

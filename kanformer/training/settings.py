@@ -88,7 +88,7 @@ class DistillArguments(LoopArguments, DataArguments):
     calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
     stage: str = option(
         "local",
-        "weights that are not given: local_weight 1; or end to end, kl_weight 1 for language models, hidden_weight 1 and embedding_weight 10 else",
+        "weights that are not given: local_weight 1; or end to end, kl_weight 1 for language models, hidden_weight 1 and embedding_weight 0.1 else",
         STAGES,
     )
     local_weight: float | None = option(None, "of each block's error on the teacher's input; absent: by the stage, as all weights", ge=0)
