@@ -77,12 +77,15 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from kanformer.errors import CheckpointError
 from kanformer.surgery.folders import write_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 large = {"a": torch.zeros(100_000)}
-for save in (lambda folder: save_file(large, folder / "w.safetensors"), lambda folder: torch.save(large, folder / "w.pt")):
+words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(number): number for number in range(20_000)}, unk_token="0")))
+for save in (lambda folder: save_file(large, folder / "w.safetensors"), lambda folder: torch.save(large, folder / "w.pt"), words.save_pretrained):
     try:
         write_folder(Path(sys.argv[1]) / "model", save)
     except CheckpointError as error:
@@ -91,7 +94,7 @@ for save in (lambda folder: save_file(large, folder / "w.safetensors"), lambda f
     done = python("-c", code, str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(line.startswith("cannot write the checkpoint") for line in lines) and not list(tmp_path.iterdir())
+    assert len(lines) == 3 and all(line.startswith("cannot write the checkpoint") for line in lines) and not list(tmp_path.iterdir())
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):

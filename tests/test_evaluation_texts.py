@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation_cases import measured, subjects
-from kanformer.evaluation.metrics import LanguageTally
 from kanformer.evaluation.texts import Reader, byte_widths
 from kanformer.training.masking import IGNORED
+from kanformer.training.tallies import LanguageTally
 from training_cases import checkpoint, texts, tokenizer
 
 
@@ -74,7 +74,7 @@ def test_logits_are_worked_on_in_pieces(monkeypatch):
     logits, targets, reference = torch.randn(50, 7), torch.randint(7, (50,)), torch.randn(50, 7)
     results = []
     for numbers in (2**24, 21, 1):
-        monkeypatch.setattr("kanformer.evaluation.metrics._NUMBERS", numbers)
+        monkeypatch.setattr("kanformer.training.tallies._NUMBERS", numbers)
         tally = LanguageTally()
         tally.add(logits, targets, reference)
         results.append(tally.result(9))

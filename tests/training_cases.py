@@ -49,11 +49,11 @@ def tokenizer() -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL)
 
 
-def checkpoint(folder: Path, name: str = "bert", patch: dict | None = None, **changes: Any) -> str:
-    """Saves a family's tiny model and a tokenizer; returns the folder. `patch` holds KANConfig values."""
+def checkpoint(folder: Path, name: str = "bert", patch: dict | None = None, auto_class: str | None = None, **changes: Any) -> str:
+    """Saves a family's tiny model and a tokenizer; returns the folder. `patch` holds KANConfig values, `auto_class` names another head, or none."""
     case = BY_NAME[name]
     torch.manual_seed(0)
-    model = getattr(tf, case.auto_class).from_config(case.config(**{**case.values, **changes}))
+    model = getattr(tf, auto_class or case.auto_class).from_config(case.config(**{**case.values, **changes}))
     if patch is not None:
         patch_model(model, **patch)
     model.save_pretrained(folder)

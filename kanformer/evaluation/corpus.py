@@ -13,12 +13,12 @@ from kanformer.conversion.batches import untouched
 from kanformer.conversion.functions_off import without_functions
 from kanformer.errors import DataError, SurgeryError
 from kanformer.evaluation.ablation import OutputMeans, replaced_outputs
-from kanformer.evaluation.metrics import EncoderTally, LanguageTally, recovered
 from kanformer.evaluation.subjects import Subjects
 from kanformer.evaluation.texts import Batch, Reader
 from kanformer.training.block_pairs import Unexplained, watched_blocks
-from kanformer.training.distill import hidden_states
+from kanformer.training.distiller import hidden_states
 from kanformer.training.masking import IGNORED
+from kanformer.training.tallies import EncoderTally, LanguageTally, recovered
 
 VARIANTS = ("teacher", "patched", "without_functions", "zero_ablation", "mean_ablation")
 _LEARNED = ("patched", "without_functions")  # those whose blocks compute something
@@ -126,7 +126,7 @@ class _Measurement:
         if model is None:
             return None
         if self.subjects.task == "encoder":
-            return hidden_states(model, batch.inputs, True)
+            return hidden_states(model, batch.inputs)
         return model(**batch.inputs).logits[batch.targets != IGNORED]
 
     def _add(self, name: str, batch: Batch, output: Any, reference: Any) -> None:

@@ -12,12 +12,10 @@ from kanformer.errors import ConfigError, SurgeryError
 from kanformer.evaluation.settings import EvaluateArguments
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.finding.sites import Site
-from kanformer.surgery.record import PatchRecord, SiteRecord, get_record, get_records
+from kanformer.surgery.record import PatchRecord, get_record, get_records
 from kanformer.surgery.replacing.apply import relative_path
 from kanformer.surgery.saving.loading import load_model, load_tokenizer
-from kanformer.training.models import AUTO_CLASSES, check_causal, check_length, check_mask_token, is_patched, teacher_sites
-
-_CAUSAL, _MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM",)
+from kanformer.training.models import AUTO_CLASSES, check_causal, check_length, check_mask_token, head_of, is_expert, is_patched, teacher_sites
 
 
 @dataclass
@@ -96,24 +94,20 @@ def _load(name: str, arguments: EvaluateArguments, task: str | None, model: nn.M
             got=f"a checkpoint of {', '.join(config.architectures or ['no class'])}, to which the task's head would be new",
             hint="Use task=encoder, or a checkpoint with that head.",
         )
-    return model, task or ("causal_lm" if own.endswith(_CAUSAL) else "masked_lm" if own.endswith(_MASKED) else "encoder")
+    return model, task or head_of(model) or "encoder"
 
 
 def _pair(found: Subjects) -> None:
     """Finds the original of each block; experts, which see different tokens in the two models, are left out."""
     assert found.teacher is not None
     ((holder, record),) = get_records(found.patched, "evaluate")
-    plain = tuple(entry for entry in record.sites if not _is_expert(entry))
+    plain = tuple(entry for entry in record.sites if not is_expert(entry))
     if len(plain) < len(record.sites):
         found.notes.append(f"no explained variance of {len(record.sites) - len(plain)} blocks of experts: the two models' routers send them different tokens")
     if plain:
         found.sites = teacher_sites(found.teacher, found.patched, PatchRecord(plain))
         blocks = {relative_path(holder, path): module for path, module in holder.named_modules() if isinstance(module, KANFeedForward)}
         found.blocks = [blocks[entry.path] for entry in plain]
-
-
-def _is_expert(entry: SiteRecord) -> bool:
-    return entry.spec.experts is not None or "experts" in entry.path.split(".")
 
 
 def _device(wanted: str | None) -> torch.device:

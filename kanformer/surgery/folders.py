@@ -34,7 +34,10 @@ def write_folder(final: Path, fill: Callable[[Path], None], info: dict[str, Any]
         (aside / MARKER).write_text(json.dumps(info or {}), encoding="utf-8")
         _sync(aside)
         _put(aside, final, old)
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch have errors of their own for a full disk
+    except Exception as error:
+        # safetensors and torch have errors of their own for a full disk; tokenizers raises a bare Exception.
+        if not isinstance(error, OSError | SafetensorError | RuntimeError) and type(error) is not Exception:
+            raise
         raise CheckpointError(
             "write the checkpoint",
             subject=final,

@@ -13,12 +13,14 @@ from kanformer.errors import ConfigError, SurgeryError
 from kanformer.layers import KANFeedForward
 from kanformer.surgery.finding.discover import find_sites
 from kanformer.surgery.finding.sites import Site
-from kanformer.surgery.record import PatchRecord
+from kanformer.surgery.record import PatchRecord, SiteRecord
 from kanformer.surgery.replacing.apply import patch_model, relative_path
 from kanformer.surgery.saving.loading import load_model, load_tokenizer
 from kanformer.training.data import pad, pad_token, tokenize
 from kanformer.training.settings import DistillArguments
+from kanformer.training.sharing import copy_sharing
 
+_HEADS = {"causal_lm": ("ForCausalLM", "LMHeadModel"), "masked_lm": ("ForMaskedLM",)}
 AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM", "classification": "AutoModelForSequenceClassification"}
 
 
@@ -30,7 +32,7 @@ def calibration_batches(tokenizer: Any, texts: Sequence[str], count: int, max_le
 
 
 def load_patched(source: str | None, teacher_name: str, arguments: DistillArguments, texts: Sequence[str]) -> tuple[nn.Module, nn.Module, Any]:
-    """(student, teacher, tokenizer). Without a source the student is the teacher patched with `arguments.kan`.
+    """(student, teacher, tokenizer). Without a source the student is the teacher patched with `arguments.kan`, and shares its parameters until `share`.
 
     Raises:
         SurgeryError: the source is not patched, or the teacher is.
@@ -42,7 +44,7 @@ def load_patched(source: str | None, teacher_name: str, arguments: DistillArgume
         raise SurgeryError("distil", subject=teacher_name, got="a teacher that is patched", expected="the original model")
     check_length(teacher, arguments.max_length)
     if source is None:
-        student = load_model(teacher_name, attn_implementation=attention)
+        student = copy_sharing(teacher)
         config = configs_from(arguments.kan, keep_original=False)
         batches = calibration_batches(tokenizer, texts, arguments.calibration_samples, arguments.max_length)
         patch_model(student, config, calibration=batches)
@@ -61,16 +63,16 @@ def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -
     Raises:
         SurgeryError: the teacher has no such block, or one of another width; or a block holds the experts of a mixture.
     """
-    experts = next((entry.path for entry in record.sites if entry.spec.experts), None)
+    experts = next((entry.path for entry in record.sites if is_expert(entry)), None)
     if experts is not None:
         raise SurgeryError(
-            "distil",
+            "distil block by block",
             subject=experts,
             got="the experts of a mixture, which see different tokens in teacher and student",
-            hint="Patch without them (experts='exclude'), or train the patched model with scripts/finetune.py.",
+            hint="Distil end to end (--stage global), or patch without them (experts='exclude').",
         )
     specs = list(dict.fromkeys(entry.spec for entry in record.sites))
-    by_path = {relative_path(teacher, site.path): site for site in find_sites(teacher, specs)}
+    by_path = {relative_path(teacher, site.path): site for site in find_sites(teacher, specs)} if specs else {}
     sites = []
     for entry in record.sites:
         site = by_path.get(entry.path)
@@ -84,6 +86,16 @@ def teacher_sites(teacher: nn.Module, student: nn.Module, record: PatchRecord) -
             )
         sites.append(site)
     return sites
+
+
+def is_expert(entry: SiteRecord) -> bool:
+    """Whether a patched block holds experts of a mixture, or is one."""
+    return entry.spec.experts is not None or "experts" in entry.path.split(".")
+
+
+def head_of(model: nn.Module) -> str | None:
+    """What the model's class predicts tokens for: "causal_lm", "masked_lm", or None."""
+    return next((task for task, endings in _HEADS.items() if type(model).__name__.endswith(endings)), None)
 
 
 def check_length(model: nn.Module, max_length: int) -> None:

@@ -8,6 +8,7 @@ from kanformer.training.arguments import option
 from kanformer.training.tasks import available
 
 REST = ("none", "norms", "all")
+STAGES = ("local", "global")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 TASKS = available()
 SAMPLING = ("random", "sequential")
@@ -67,8 +68,10 @@ class LoopArguments:
     logging_steps: int = option(10, "steps between lines of metrics.jsonl", ge=1)
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     eval_on_start: bool = option(False, "evaluate before the first step too")
-    metric_for_best_model: str | None = option(None, "what evaluations are compared by; absent: loss, or fvu in distillation")
-    greater_is_better: bool | None = option(None, "whether more of it is better; absent: for accuracy, precision, recall, f1, spearman")
+    metric_for_best_model: str | None = option(
+        None, "what evaluations are compared by; absent: loss, in distillation fvu, or what its stage is about (kl, embedding_cosine)"
+    )
+    greater_is_better: bool | None = option(None, "whether more of it is better; absent: for accuracies, cosines, precision, recall, f1 and spearman")
     early_stopping_patience: int | None = option(None, "stop after so many evaluations in a row that are not better than the best before", ge=1)
     early_stopping_threshold: float = option(0.0, "by how much better they must be", ge=0)
     load_best_model_at_end: bool = option(False, "the final model is that of the best evaluation; its checkpoint is written then and kept")
@@ -103,12 +106,24 @@ class DistillArguments(LoopArguments, DataArguments):
         {"init": "prune", "param_ratio": 0.5}, "KANConfig values for patching the teacher, or a list: a block gets the first that selects it"
     )
     calibration_samples: int = option(1024, "texts for pruning and grids", ge=1)
-    local_weight: float = option(1.0, "of each block's error on the teacher's input", ge=0)
-    train_rest: str = option("none", "what else is trained, at learning_rate: norms, or all but the embeddings; needs hidden_weight", REST)
+    stage: str = option(
+        "local",
+        "weights that are not given: local_weight 1; or end to end, kl_weight 1 for language models, hidden_weight 1 and embedding_weight 0.1 else",
+        STAGES,
+    )
+    local_weight: float | None = option(None, "of each block's error on the teacher's input; absent: by the stage, as all weights", ge=0)
+    hidden_weight: float | None = option(None, "of the error of every layer's hidden state, the student running on its own", ge=0)
+    embedding_weight: float | None = option(None, "of 1 - cosine of the texts' embeddings, means of their last hidden states", ge=0)
+    kl_weight: float | None = option(None, "of KL(teacher || student) of the predicted tokens; needs models with a language-modelling head", ge=0)
+    ce_weight: float | None = option(None, "of the cross-entropy with the text itself", ge=0)
+    temperature: float = option(1.0, "of both models in the KL, which is multiplied by its square", gt=0)
+    mlm_probability: float = option(0.15, "share of masked tokens (masked language models, where kl_weight or ce_weight is used)", gt=0, le=1)
+    train_rest: str | None = option(
+        None, "what else is trained, at learning_rate: norms, or all but embeddings and heads; absent: none in stage local, all in stage global", REST
+    )
     teacher_states: str | None = option(
         None, "file of the teacher's hidden states of the training texts; made if absent, then read instead of running the teacher"
     )
-    hidden_weight: float = option(0.0, "of the error of every layer's hidden state, the student running on its own", ge=0)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 from kanformer.errors import ConfigError, TrainingDiverged, did_you_mean
 from kanformer.training.settings import LoopArguments
 
-_MORE_IS_BETTER = ("accuracy", "precision", "recall", "f1", "spearman")
+_MORE_IS_BETTER = ("accuracy", "precision", "recall", "f1", "spearman", "top1_agreement", "embedding_cosine")
 
 
 class Stopping:
