@@ -58,6 +58,12 @@ _COMMANDS = {
         "kanformer.evaluation.run:evaluate",
         "kanformer evaluate --config configs/evaluate_minilm.yaml --train_file text.txt",
     ),
+    "pretrain": Command(
+        "train small language models from scratch and compare their blocks",
+        "kanformer.pretraining.settings:PretrainArguments",
+        "kanformer.pretraining.grid:pretrain",
+        "kanformer pretrain --config configs/pretrain_char.yaml",
+    ),
     "plot": Command(
         "draw the learned functions of every layer",
         "kanformer.commands:PlotArguments",
