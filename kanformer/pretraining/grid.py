@@ -21,6 +21,7 @@ from kanformer.pretraining.text import digest, prepare_data, tokenize_text
 from kanformer.pretraining.worker import Worker
 from kanformer.surgery.folders import check_writable, replace_file
 from kanformer.surgery.loading import quiet_transformers
+from kanformer.training.checkpoint import RESULTS
 
 _TIMES = "timing.json"
 
@@ -33,8 +34,10 @@ def pretrain(arguments: PretrainArguments) -> list[dict[str, Any]]:
     folder = Path(arguments.output_dir) / (arguments.corpus or Path(arguments.text).stem)
     check_writable(folder)
     if arguments.dry_run:
-        print(Plan(arguments, folder, len(tokenize_text(arguments).tokenizer)))
+        print(_with_times(Plan(arguments, folder, len(tokenize_text(arguments).tokenizer)), _read_times(folder), required=False))
         return []
+    if arguments.report_only and not (folder / "data").is_dir():
+        raise ConfigError("write the report", subject=folder, got="no grid there", hint="Run it first, without --report_only.")
     corpus = prepare_data(arguments, folder / "data")
     plan = Plan(arguments, folder, len(corpus.tokenizer), digest(arguments))
     if arguments.report_only:
@@ -106,8 +109,11 @@ def _run_all(plan: Plan, workers: list[Worker]) -> None:
     from tqdm.auto import tqdm
 
     idle, running = list(workers), dict[Future, tuple[RunArguments, Worker, float]]()
-    total = plan.number_of_runs()
-    with ThreadPoolExecutor(len(workers)) as threads, tqdm(total=total, unit="run", disable=plan.arguments.disable_tqdm, dynamic_ncols=True) as bar:
+    total, done = plan.number_of_runs(), sum(1 for _ in plan.folder.glob(f"*/*/*/{RESULTS}"))
+    with (
+        ThreadPoolExecutor(len(workers)) as threads,
+        tqdm(total=total, initial=done, unit="run", disable=plan.arguments.disable_tqdm, dynamic_ncols=True) as bar,
+    ):
         try:
             while True:
                 busy = {run.output_dir for run, _, _ in running.values()}

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kanformer.errors import ConfigError
+from kanformer.errors import CheckpointError, ConfigError
 from kanformer.pretraining.arms import Arm
-from kanformer.pretraining.plan import Plan, walk
+from kanformer.pretraining.plan import Entry, Plan, walk
 from kanformer.pretraining.settings import RunArguments
-from kanformer.surgery.folders import replace_file
-from kanformer.training.arguments import read_yaml, to_yaml
+from kanformer.surgery.folders import reason, replace_file
 from kanformer.training.checkpoint import RESULTS
 
-SETTINGS, FAILED = "run.yaml", "failed.json"
+SETTINGS, FAILED = "run.json", "failed.json"
 _PLACES = {"output_dir", "data_dir", "resume", "disable_tqdm", "progress_position"}  # say where and how to look on, not what is run
 
 
@@ -62,24 +61,28 @@ def outcome(run: RunArguments) -> Outcome | None:
 
 def _check_same(run: RunArguments, folder: Path) -> None:
     """A result may only count for the settings that made it."""
-    if not (folder / SETTINGS).is_file():
+    path = folder / SETTINGS
+    if not path.is_file():
         return
     wanted = dataclasses.asdict(run)
-    found = read_yaml(str(folder / SETTINGS), wanted)
-    changed = [name for name in wanted if name not in _PLACES and found.get(name) != wanted[name]]
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError("go on with the grid", subject=path, got=reason(error), hint="Delete its folder to run it again.") from error
+    changed = [name for name in {**wanted, **found} if name not in _PLACES and found.get(name, "nothing") != wanted.get(name, "nothing")]
     if changed:
         raise ConfigError(
             "go on with the grid",
             subject=folder,
-            got="a run with " + ", ".join(f"{name}={found.get(name)!r}" for name in changed),
-            expected=", ".join(f"{name}={wanted[name]!r}" for name in changed),
+            got="a run with " + ", ".join(f"{name}={found.get(name, 'nothing')!r}" for name in changed),
+            expected=", ".join(f"{name}={wanted.get(name, 'nothing')!r}" for name in changed),
             hint="Choose another output_dir, or delete that folder.",
         )
 
 
 def begin(run: RunArguments) -> None:
     """Writes down what is run, before it is."""
-    replace_file(Path(run.output_dir) / SETTINGS, to_yaml(run))
+    replace_file(Path(run.output_dir) / SETTINGS, json.dumps(dataclasses.asdict(run), indent=2))
 
 
 def write_failure(run: RunArguments, error: str, diverged: bool) -> None:
@@ -115,11 +118,20 @@ def edge(plan: Plan, rate: float) -> str | None:
 
 
 def wanted_runs(plan: Plan) -> Iterator[RunArguments]:
-    """The runs that can be started now, the most wanted first: all trials, then seeds of the arms whose trials have ended, row by row."""
-    for arm in plan.arms:
-        yield from (run for run in plan.trials(arm) if outcome(run) is None)
-    for entry in walk(plan):
+    """The runs that can be started now, the most wanted first.
+
+    Host by host the trials and then the seeds at equal parameters of the arms whose trials have ended; after that the other rows.
+    """
+    for baseline in plan.baselines:
+        for arm in plan.arms:
+            if arm.baseline == baseline:
+                yield from (run for run in plan.trials(arm) if outcome(run) is None)
+        yield from _of_entries(plan, [entry for entry in walk(plan) if entry.row == "params" and entry.arm.baseline == baseline])
+    yield from _of_entries(plan, [entry for entry in walk(plan) if entry.row != "params"])
+
+
+def _of_entries(plan: Plan, entries: list[Entry]) -> Iterator[RunArguments]:
+    for entry in entries:
         rate = best_rate(plan, entry.arm)
-        if rate is not None:
-            runs = (plan.run(entry, rate, seed) for seed in plan.seeds(entry.arm))
-            yield from (run for run in runs if outcome(run) is None)
+        runs = [] if rate is None else [plan.run(entry, rate, seed) for seed in plan.seeds(entry.arm)]
+        yield from (run for run in runs if outcome(run) is None)

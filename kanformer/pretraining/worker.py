@@ -35,11 +35,11 @@ class Worker:
         try:
             process.stdin.write(json.dumps({**job, "log": str(log)}) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            line = process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
-        if answer:
-            return json.loads(answer)
+            line = ""
+        if line:
+            return json.loads(line)
         self.process = None
         return {"error": f"its process ended with exit code {process.wait()}", "diverged": False}
 
@@ -78,11 +78,12 @@ def main() -> None:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(json.loads(line))) + "\n")
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
         answers.flush()
 
 
-def _answer(job: dict[str, Any]) -> dict[str, Any]:
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Does a job with both output streams in its "log"; what `Worker.do` returns."""
     with open(job.pop("log"), "a", encoding="utf-8") as log, _output_to(log):
         try:
             return {"result": work(job)}
