@@ -113,3 +113,11 @@ def test_no_arm_has_dropout():
         assert all(module.p == 0 for module in model.modules() if isinstance(module, nn.Dropout)), arm.name
         ids = torch.randint(0, 30, (2, 8))
         assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits), arm.name
+
+
+@given(st.lists(st.integers(1, 40), min_size=30, max_size=30), st.integers(0, 700))
+def test_nearest_width_of_a_cost_that_is_no_straight_line(steps, target):
+    costs = [sum(steps[: width + 1]) for width in range(30)]
+    found = nearest_width(lambda width: costs[width - 1] if width <= 30 else costs[-1] + 1000 * (width - 30), target)
+    every = [*costs, costs[-1] + 1000]
+    assert found == min(range(1, 32), key=lambda width: (abs(every[width - 1] - target), width))

@@ -74,7 +74,7 @@ def nearest_width(cost: Callable[[int], int], target: int) -> int:
     Raises:
         ConfigError: no width up to a million costs as much.
     """
-    low, high = 1, 2
+    low, high = _guess(cost, target)
     while cost(high) < target:
         low, high = high, 2 * high
         if high > _WIDEST:
@@ -83,6 +83,16 @@ def nearest_width(cost: Callable[[int], int], target: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(middle) >= target else (middle, high)
     return min((low, high), key=lambda width: (abs(cost(width) - target), width))
+
+
+def _guess(cost: Callable[[int], int], target: int) -> tuple[int, int]:
+    """Two widths to start from: costs that rise in a straight line, as those of all arms do, lie right between them."""
+    first, slope = cost(1), cost(2) - cost(1)
+    if slope > 0:
+        width = min(_WIDEST, max(1, 1 + (target - first) // slope))
+        if cost(width) <= target <= cost(width + 1):
+            return width, width + 1
+    return 1, 2
 
 
 def matched(arm: Arm, shape: ModelArguments, vocab_size: int, baseline: Size, quantity: str, tolerance: float) -> Size:

@@ -17,7 +17,7 @@ class Summary:
     Attributes:
         learning_rate: the best of the trials; None while they are not finished, or where all failed. edge: "lowest" or "highest" of those tried.
         losses, base_losses: held-out cross-entropy (nats per token) by seed, of the arm and of its baseline.
-        failed: error by seed, or by "lr..." for a trial. missing: runs that are not done yet.
+        failed: error by seed, or by "lr..." for a trial. missing: seeds that are not done yet.
         step_ms, ratio: of a training step, measured in turns; None where it was not.
     """
 
@@ -82,7 +82,7 @@ def _summary(plan: Plan, entry: Entry, rates: dict[str, float | None], times: di
     failed = {f"seed{seed}": str(each.error) for seed, each in ended.items() if each is not None and each.error is not None}
     trials = [outcome(run) for run in plan.trials(arm)]
     failed |= {f"lr{each.run.learning_rate:g}": str(each.error) for each in trials if each is not None and each.error is not None}
-    missing = sum(each is None for each in ended.values()) if rate is not None else len(plan.seeds(arm)) - bool(failed and None not in trials)
+    missing = sum(each is None for each in ended.values()) if rate is not None else len(plan.seeds(arm)) if None in trials else 0
     timed = times.get(arm.name, {})
     tokens = plan.arguments.per_device_train_batch_size * plan.arguments.max_length
     return Summary(

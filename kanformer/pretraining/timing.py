@@ -25,18 +25,23 @@ def measure_times(arguments: PretrainArguments, data: Path, widths: dict[str, in
     Returns:
         name -> {"ms": median milliseconds of a step, "ratio": median over the rounds of its time over the baseline's in the same round}.
     """
-    corpus = load_data(data)
+    corpus, clock = load_data(data), step_clock(arguments.threads)
     arms = [ARMS[name] for name in widths]
     steps = {arm.name: _step(arm, arguments, widths[arm.name], corpus) for arm in arms}
     times: dict[str, list[float]] = {name: [] for name in steps}
     with use_backend(arguments.backend):
         for turn in range(arguments.time_rounds + _WARM_UP):
             for name in steps if turn % 2 else reversed(steps):
-                started = time.perf_counter()
+                started = clock()
                 steps[name]()
                 if turn >= _WARM_UP:
-                    times[name].append(1e3 * (time.perf_counter() - started))
+                    times[name].append(1e3 * (clock() - started))
     return ratios(times, arms[0].baseline)
+
+
+def step_clock(threads: int) -> Callable[[], float]:
+    """What steps are timed by: with one thread on a CPU the process' own time, which is the time on a free core however busy the machine is; else the wall clock."""
+    return time.process_time if threads == 1 and not torch.cuda.is_available() else time.perf_counter
 
 
 def ratios(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
