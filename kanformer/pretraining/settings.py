@@ -41,7 +41,7 @@ class PretrainArguments(ModelArguments):
     swiglu_width: int = option(341, "hidden width of the baseline swiglu", ge=1)
     rows: list = option(list(ROWS), "comparisons: equal params, flops, time")
     tolerance: float = option(0.01, "how far parameters and FLOPs may be from the baseline's, as a share; a row within it reuses the runs", gt=0, le=0.5)
-    learning_rates: list = option([2e-3, 4e-3, 8e-3, 1.6e-2], "trials of every arm, with the first seed and all steps")
+    learning_rates: list = option([1e-3, 2e-3, 4e-3, 8e-3], "trials of every arm, with the first seed and all steps")
     function_learning_rate_ratio: float = option(1.0, "learning rate of the learned functions over the rest's, in all arms", gt=0)
     seeds: int = option(3, "seeds per arm at its best learning rate", ge=1)
     headline_seeds: int | None = option(None, "the same for the arms of host llama (swiglu and gated); absent: seeds", ge=1)

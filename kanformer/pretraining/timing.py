@@ -40,7 +40,7 @@ def measure_times(arguments: PretrainArguments, data: Path, widths: dict[str, in
 
 
 def step_clock(threads: int) -> Callable[[], float]:
-    """What steps are timed by: with one thread on a CPU the process' own time, which is the time on a free core however busy the machine is; else the wall clock."""
+    """What steps are timed by: the wall clock; with one thread on a CPU the process' own time, which is the time on a free core on a busy machine too."""
     return time.process_time if threads == 1 and not torch.cuda.is_available() else time.perf_counter
 
 
