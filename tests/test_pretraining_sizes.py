@@ -52,8 +52,8 @@ def test_every_arm_matches_its_baseline_within_a_percent(name, quantity):
 @pytest.mark.parametrize("quantity", ["parameters", "flops"])
 def test_the_width_is_the_best_of_all(name, quantity):
     arm = ARMS[name]
-    base = size_of(ARMS[arm.baseline], SMALL, 40, 30)
-    costs = {width: getattr(size_of(arm, SMALL, width, 30), quantity) for width in range(1, 60)}
+    base = size_of(ARMS[arm.baseline], SMALL, 16, 30)
+    costs = {width: getattr(size_of(arm, SMALL, width, 30), quantity) for width in range(1, 21)}
     target = getattr(base, quantity)
     best = min(costs, key=lambda width: (abs(costs[width] - target), width))
     assert matched(arm, SMALL, 30, base, quantity, 0.5).width == best

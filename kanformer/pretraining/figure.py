@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from kanformer.interpret.figures import BLUE, VERMILLION
 from kanformer.pretraining.summary import Summary
 
+_COLOURS = {"better": BLUE, "worse": VERMILLION}  # what is no difference is grey
+
 
 def draw(found: list[Summary], corpus: str) -> Figure:
     """A panel per baseline, a line per arm and row: each seed's difference, their mean and its 95 % interval, in percent of the baseline's cross-entropy."""
@@ -31,8 +33,8 @@ def _panel(axes, baseline: str, part: list[Summary]) -> None:
     for place, each in enumerate(part):
         mean, half = each.percent
         values = [100 * value / each.base_losses[seed] for seed, value in each.differences.items()]
-        axes.plot(values, [place] * len(values), "|", color="grey", markersize=9)
-        axes.errorbar([mean], [place], xerr=None if half is None else [[half], [half]], fmt="o", color=VERMILLION if (mean or 0) > 0 else BLUE, capsize=3)
+        axes.plot(values, [place] * len(values), "|", color="black", markersize=7)
+        axes.errorbar([mean], [place], xerr=None if half is None else [[half], [half]], fmt="o", color=_COLOURS.get(each.verdict, "grey"), capsize=3)
     labels = [f"{each.entry.arm.name}, equal {each.entry.row}" + (" (same runs)" if each.entry.reuses else "") for each in part]
     axes.set_yticks(range(len(part)), labels, fontsize=8.5)
     axes.set_ylim(max(1, len(part)) - 0.5, -0.5)

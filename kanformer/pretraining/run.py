@@ -48,5 +48,4 @@ def pretrain_run(arguments: RunArguments) -> dict[str, Any]:
     versions = {"kanformer": kanformer.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     results |= {"peak_memory_bytes": peak_bytes(), "versions": versions}
     replace_file(Path(arguments.output_dir) / RESULTS, json.dumps(results, indent=2))
-    accelerator.free_memory()
     return results
