@@ -64,6 +64,12 @@ _COMMANDS = {
         "kanformer.study.run:study",
         "kanformer study --config configs/study_minilm.yaml --dry_run",
     ),
+    "pretrain": Command(
+        "train small language models from scratch and compare their blocks",
+        "kanformer.pretraining.settings:PretrainArguments",
+        "kanformer.pretraining.grid:pretrain",
+        "kanformer pretrain --config configs/pretrain_char.yaml",
+    ),
     "plot": Command(
         "draw the learned functions of every layer",
         "kanformer.commands:PlotArguments",

@@ -10,6 +10,7 @@ import pytest
 from kanformer.cli import _COMMANDS
 from kanformer.errors import ConfigError
 from kanformer.evaluation.settings import EvaluateArguments
+from kanformer.pretraining.settings import PretrainArguments
 from kanformer.study.settings import StudyArguments
 from kanformer.training.arguments import option, parse_arguments, to_yaml
 from kanformer.training.settings import CalibrateArguments, DistillArguments, FinetuneArguments
@@ -169,8 +170,14 @@ def test_an_empty_file_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_every_config_of_the_project_is_valid(path):
-    kinds = {"calibrate": CalibrateArguments, "distill": DistillArguments, "evaluate": EvaluateArguments, "finetune": FinetuneArguments}
-    kinds["study"] = StudyArguments
+    kinds = {
+        "calibrate": CalibrateArguments,
+        "distill": DistillArguments,
+        "evaluate": EvaluateArguments,
+        "finetune": FinetuneArguments,
+        "pretrain": PretrainArguments,
+        "study": StudyArguments,
+    }
     cls = kinds[path.name.partition("_")[0]]
     found = parse("--config", str(path), cls=cls)
     folder = found.out if cls is CalibrateArguments else found.output_dir

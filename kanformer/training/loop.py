@@ -26,6 +26,7 @@ from kanformer.training.checkpoint import RESULTS, drop_old
 from kanformer.training.data import micro_batches
 from kanformer.training.distribution import check_same_start, is_deepspeed, ready_to_wrap
 from kanformer.training.journal import Journal, Window
+from kanformer.training.models import is_patched
 from kanformer.training.optimizer import learning_rate_factor, make_optimizer
 from kanformer.training.settings import LoopArguments
 from kanformer.training.sharding import (
@@ -310,7 +311,10 @@ class Trainer:
         card = self.output_dir / "model" / "README.md"
         if card.is_file():  # of a run that is finished a second time: somebody may have written into it
             shutil.copyfile(card, folder / card.name)
-        save_pretrained(self.task.model, folder, tokenizer=self.task.tokenizer, base_model=self.task.base, state_dict=weights)
+        if is_patched(self.task.model):
+            save_pretrained(self.task.model, folder, tokenizer=self.task.tokenizer, base_model=self.task.base, state_dict=weights)
+        else:  # a stock model, as the baseline of a comparison is
+            self._save_model(folder, weights)
 
     def _finish(self) -> None:
         weights = self._weights()
