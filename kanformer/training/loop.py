@@ -325,8 +325,10 @@ class Trainer:
 
 
 def _tokens(batch: dict[str, Tensor]) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
+    """Tokens of a batch; images count as one each."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
 
 
 def _number(norm: Any) -> float:
