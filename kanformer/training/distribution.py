@@ -73,7 +73,7 @@ def check_same_start(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, GridModule):
             for tensor in (each.kan_grid, each.kan_coef):
-                checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), checksum)
+                checksum = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), checksum)
     found = gathered(torch.tensor(checksum, dtype=torch.int64)).tolist()
     if len(set(found)) > 1:
         others = [rank for rank, value in enumerate(found) if value != found[0]]
