@@ -182,6 +182,21 @@ def test_finished_runs_of_other_settings_are_refused(finished, here, changes, ma
     assert here == []
 
 
+def test_a_setting_that_a_later_version_has_counts_as_its_default(tmp_path, here):
+    changes = {"arms": ["swiglu"], "rows": ["params"], "learning_rates": [1e-3], "seeds": 1}
+    pretrain(settings(tmp_path, **changes))
+    path = tmp_path / "out" / "story" / "swiglu" / "equal-params" / "lr0.001-seed0" / "run.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in found.items() if name != "kan_l1"}))
+    here.clear()
+    pretrain(settings(tmp_path, **changes))
+    assert here == []
+    for text, error in [(json.dumps({**found, "of_another_version": 1}), "of_another_version=1"), ("[", "Delete its folder")]:
+        path.write_text(text)
+        with pytest.raises(KanformerError, match=error):
+            pretrain(settings(tmp_path, **changes))
+
+
 def test_more_seeds_add_runs_only(finished, here):
     folder, _ = finished
     rows = pretrain(settings(folder, arms=["gated_kan_bspline"], rows=["params"], headline_seeds=3))

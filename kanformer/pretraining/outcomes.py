@@ -60,13 +60,13 @@ def outcome(run: RunArguments) -> Outcome | None:
 
 
 def _check_same(run: RunArguments, folder: Path) -> None:
-    """A result may only count for the settings that made it."""
+    """A result may only count for the settings that made it; one that did not exist yet had what is its default now."""
     path = folder / SETTINGS
     if not path.is_file():
         return
     wanted = dataclasses.asdict(run)
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = {**dataclasses.asdict(RunArguments()), **json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError("go on with the grid", subject=path, got=reason(error), hint="Delete its folder to run it again.") from error
     changed = [name for name in {**wanted, **found} if name not in _PLACES and found.get(name, "nothing") != wanted.get(name, "nothing")]
