@@ -8,6 +8,7 @@ from typing import Any
 
 from kanformer.errors import ConfigError, did_you_mean
 from kanformer.training.arguments import from_mapping, option
+from kanformer.training.objective import learns_nothing
 from kanformer.training.settings import DataArguments, DistillArguments
 
 METHODS = ("kan", "mlp", "random_mlp", "linear", "kan_full")
@@ -107,7 +108,7 @@ def checked_stages(arguments: StudyArguments, **values: Any) -> list[DistillArgu
         _refuse("distill", stage, _OWN_STAGE)
     found = [from_mapping(DistillArguments, {**stage, **values}, "distill") for stage in stages]
     for stage in found:
-        if all(value == 0 for name, value in vars(stage).items() if name.endswith("_weight")):
+        if learns_nothing(stage):
             raise ConfigError("plan the study", subject="distill", got="stages without a loss", hint="Set local_weight or hidden_weight above 0.")
     return found
 

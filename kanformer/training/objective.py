@@ -57,6 +57,13 @@ class Objective:
         return self.logits and self.head == "masked_lm"
 
 
+def learns_nothing(arguments: DistillArguments) -> bool:
+    """Whether no model could learn anything: every weight is 0, given or by the stage."""
+    stages = (_LOCAL,) if arguments.stage == "local" else (_LANGUAGE, _ENCODER)
+    given = {name: getattr(arguments, name) for name in _WEIGHTS}
+    return not any(known[name] if given[name] is None else given[name] for known in stages for name in _WEIGHTS)
+
+
 def resolve(arguments: DistillArguments, teacher: nn.Module, student: nn.Module) -> tuple[DistillArguments, Objective]:
     """The settings with every weight and `train_rest` filled in, and the same as an `Objective`.
 
