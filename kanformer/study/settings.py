@@ -8,7 +8,6 @@ from typing import Any
 
 from kanformer.errors import ConfigError, did_you_mean
 from kanformer.training.arguments import from_mapping, option
-from kanformer.training.objective import learns_nothing
 from kanformer.training.settings import DataArguments, DistillArguments
 
 METHODS = ("kan", "mlp", "random_mlp", "linear", "kan_full")
@@ -101,6 +100,8 @@ def checked_stages(arguments: StudyArguments, **values: Any) -> list[DistillArgu
     Raises:
         ConfigError: a setting that is unknown, wrong, or the study's.
     """
+    from kanformer.training.objective import learns_nothing
+
     stages = arguments.distill if isinstance(arguments.distill, list) else [arguments.distill]
     if not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ConfigError("plan the study", subject="distill", got=repr(arguments.distill), expected="a mapping of settings, or a list of them")
