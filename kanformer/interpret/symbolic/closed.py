@@ -54,7 +54,7 @@ def power_numbers(degree: int, z: Tensor, y: Tensor, row: Tensor) -> tuple[Tenso
         z: (inputs, G). y: (n, G), centred. row: (n,) input of each function.
     """
     features = torch.stack([z**power for power in range(degree + 1)], 2)
-    size = features.norm(dim=1, keepdim=True)
+    size = features.norm(dim=1, keepdim=True).clamp(min=1e-300)  # 0 for an input that is constant
     inverse = torch.linalg.pinv(features / size)  # (inputs, degree + 1, G), once for all functions of an input
     found = [(inverse[row, power] * y).sum(1) / size[row, 0, power] for power in range(degree + 1)]
     leading = torch.where(found[degree].abs() < 1e-12, 1e-12, found[degree])
