@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kanformer.training.arguments import option
 
@@ -163,7 +163,7 @@ def symbolic(arguments: SymbolicArguments) -> None:
     batches = list(_batches(model, arguments.model, arguments.text, arguments.texts, arguments.max_length))
     layers = None if arguments.layer is None else [int(word) if word.lstrip("-").isdigit() else word for word in _words(arguments.layer)]
     library = None if arguments.library is None else _words(arguments.library)
-    tolerances = {"tol_node": arguments.tol_node, "r2_min": arguments.r2_min, "tie": arguments.tie}
+    tolerances: dict[str, Any] = {"tol_node": arguments.tol_node, "r2_min": arguments.r2_min, "tie": arguments.tie}
     fits = fit_symbolic(model, collect(model, batches), layer=layers, edges=arguments.top, library=library, progress=print, **tolerances)
     print(fits)
     make_folder(out, "the formulas")
