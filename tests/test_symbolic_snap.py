@@ -230,7 +230,7 @@ def test_bad_input_leaves_the_model_as_it_was(tmp_path):
         (ConfigError, "no batches", {"loss_budget": 1.0}),
         (DataError, "no batches", {"loss_budget": 1.0, "batches": []}),
         (DataError, "NaN", {"loss_budget": 1.0, "batches": batches_of(), "loss": lambda outputs, batch: torch.tensor(float("nan")), "inplace": True}),
-        (TypeError, "wrong", {"batches": [{"wrong": torch.ones(1)}], "inplace": True}),
+        (DataError, r"does not take \['wrong'\]", {"batches": [{"wrong": torch.ones(1)}], "inplace": True}),
     ):
         with pytest.raises(error, match=message):
             snap(model, fits, **settings)

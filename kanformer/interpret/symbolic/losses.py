@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kanformer.conversion.batches import token_mask, untouched
-from kanformer.errors import DataError
+from kanformer.errors import DataError, KanformerError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 _IGNORED = -100
@@ -51,7 +51,7 @@ class Measure:
         return total / max(weight, 1e-300)
 
     def _of_batch(self, model: nn.Module, inputs: dict[str, Any], original) -> tuple[float, float]:
-        outputs = model(**inputs)
+        outputs = _run(model, inputs)
         if self.loss is not None:
             return float(self.loss(outputs, inputs)), 1.0
         own = getattr(outputs, "loss", None)
@@ -59,9 +59,19 @@ class Measure:
             labels = inputs.get("labels")
             return float(own), float((labels != _IGNORED).sum()) if isinstance(labels, Tensor) else 1.0
         with original():
-            reference = _rows(model(**inputs), inputs)
+            reference = _rows(_run(model, inputs), inputs)
         change = (_rows(outputs, inputs) - reference).square().mean()
         return float(change / reference.square().mean().clamp(min=1e-300)), float(len(reference))
+
+
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    try:
+        return model(**inputs)
+    except KanformerError:
+        raise
+    except (TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError("measure the loss", got=f"{type(model).__name__} does not take {sorted(inputs)} ({reason})") from error
 
 
 def _rows(outputs: Any, batch: Mapping[str, Any]) -> Tensor:
