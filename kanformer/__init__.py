@@ -41,6 +41,11 @@ _PUBLIC = {
     "collect": "kanformer.interpret",
     "plot_layer": "kanformer.interpret",
     "plot_model": "kanformer.interpret",
+    "fit_symbolic": "kanformer.interpret.symbolic",
+    "snap": "kanformer.interpret.symbolic",
+    "unsnap": "kanformer.interpret.symbolic",
+    "register_function": "kanformer.interpret.symbolic",
+    "unregister_function": "kanformer.interpret.symbolic",
     "KanformerError": "kanformer.errors",
 }
 
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     from kanformer.conversion.regularize import regularize
     from kanformer.errors import KanformerError
     from kanformer.interpret import collect, plot_layer, plot_model
+    from kanformer.interpret.symbolic import fit_symbolic, register_function, snap, unregister_function, unsnap
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
     from kanformer.ops import use_backend
     from kanformer.surgery.calibrating.calibrate import calibrate

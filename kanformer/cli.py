@@ -77,6 +77,13 @@ _COMMANDS = {
         "kanformer plot gpt2-kan --out figures --text text.txt",
         "model",
     ),
+    "symbolic": Command(
+        "find formulas for the learned functions, and put them in their place",
+        "kanformer.commands:SymbolicArguments",
+        "kanformer.commands:symbolic",
+        "kanformer symbolic gpt2-kan --text text.txt --out formulas --snap --loss_budget 0.01",
+        "model",
+    ),
     "benchmark": Command(
         "time KAN-FFNs against the MLP that was there",
         "kanformer.benchmark.run:BenchmarkArguments",

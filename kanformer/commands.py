@@ -1,11 +1,11 @@
-"""The short commands: patch, compare, plot."""
+"""The short commands: patch, compare, plot, symbolic."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kanformer.training.arguments import option
 
@@ -54,6 +54,26 @@ class PlotArguments:
     top: int = option(48, "functions to draw per layer", ge=1)
     y: str = option("free", "y-scale: one per function, or shared in a figure so that small functions look small", ("free", "shared"))
     format: str = option("png", "of the figures", ("png", "svg", "pdf"))
+
+
+@dataclass
+class SymbolicArguments:
+    """Settings of `kanformer symbolic`."""
+
+    model: str = option("", "folder or hub id of a patched model")
+    out: str = option("formulas", "folder for formulas.csv and formulas.json, and for the snapped model (model)")
+    text: str | None = option(None, "text, one per line; absent: docstrings of Python's standard library")
+    texts: int = option(256, "texts to use", ge=1)
+    max_length: int = option(128, "tokens per text", ge=2)
+    layer: str | None = option(None, "paths or numbers of blocks, with commas between them; absent: all")
+    top: int | None = option(None, "functions to fit per map, the most important ones; absent: all", ge=1)
+    library: str | None = option(None, "families of formulas, with commas between them, for example tanh,silu,x^2; absent: all")
+    tol_node: float = option(0.01, "largest error of a formula relative to its node's standard deviation", ge=0)
+    r2_min: float = option(0.99, "least R2 of a formula", ge=0, le=1)
+    tie: float = option(0.001, "R2 within which families are equally good, so that the simplest of them is taken", ge=0)
+    snap: bool = option(False, "replace the functions by their formulas, measure the loss, and save the model")
+    loss_budget: float | None = option(None, "how much the loss may rise by snapping; absent: no limit", ge=0)
+    trainable: bool = option(False, "the formulas' numbers become parameters of the snapped model")
 
 
 def patch(arguments: PatchArguments) -> None:
@@ -123,6 +143,57 @@ def plot(arguments: PlotArguments) -> None:
     batches = _batches(model, arguments.model, arguments.text, arguments.texts, arguments.max_length)
     files = plot_model(model, batches, Path(arguments.out), top=arguments.top, formats=(arguments.format,), y=arguments.y, progress=print)
     print(f"{len(files)} files in {arguments.out}")
+
+
+def symbolic(arguments: SymbolicArguments) -> None:
+    """Fits formulas, prints the outcomes per layer, writes the tables, and on demand saves a snapped model."""
+    from kanformer.errors import ConfigError
+    from kanformer.interpret import collect
+    from kanformer.interpret.plot import make_folder
+    from kanformer.interpret.symbolic import fit_symbolic, snap, write_csv, write_json
+    from kanformer.surgery.folders import write_folder
+
+    _need(arguments.model, "model")
+    if arguments.loss_budget is not None and not arguments.snap:
+        raise ConfigError("fit formulas", got="a loss_budget without snapping", hint="Add --snap.")
+    out = Path(arguments.out)
+    if arguments.snap:
+        _need_free(str(out / "model"))
+    model = _load(arguments.model)
+    batches = list(_batches(model, arguments.model, arguments.text, arguments.texts, arguments.max_length))
+    layers = None if arguments.layer is None else [int(word) if word.lstrip("-").isdigit() else word for word in _words(arguments.layer)]
+    library = None if arguments.library is None else _words(arguments.library)
+    tolerances: dict[str, Any] = {"tol_node": arguments.tol_node, "r2_min": arguments.r2_min, "tie": arguments.tie}
+    fits = fit_symbolic(model, collect(model, batches), layer=layers, edges=arguments.top, library=library, progress=print, **tolerances)
+    print(fits)
+    make_folder(out, "the formulas")
+    write_csv(fits, out / "formulas.csv")
+    write_json(fits, out / "formulas.json")
+    print(f"formulas.csv and formulas.json in {out}")
+    if not arguments.snap:
+        return
+    done = snap(model, fits, loss_budget=arguments.loss_budget, batches=_labelled(model, batches), trainable=arguments.trainable, inplace=True)
+    print(done)
+    tokenizer = _tokenizer(arguments.model)
+    write_folder(out / "model", lambda folder: _save(model, tokenizer, folder))
+    print(f"saved: {out / 'model'}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _save(model: nn.Module, tokenizer, folder: Path) -> None:
+    from kanformer.surgery.saving.hub import save_pretrained
+
+    save_pretrained(model, folder, tokenizer=tokenizer)
+
+
+def _labelled(model: nn.Module, batches: list) -> list:
+    """With labels for a causal language model; other models are measured by how far their outputs move."""
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return batches
+    return [{**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in batches]
 
 
 def _load(name: str):

@@ -219,8 +219,8 @@ for name in cli._COMMANDS:
         except SystemExit as leaving:
             assert leaving.code == 0, name
     assert f"kanformer {name}" in text.getvalue(), name
-print(sorted({"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "accelerate", "datasets", "matplotlib", "numpy", "sympy"} & set(sys.modules)))
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 11
+    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 12

@@ -53,6 +53,10 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("plot {kan} --out {tmp}/new --text {text} --max_length 65", "with 64 positions. Set --max_length 64 or less"),
         ("plot {kan} --out {tmp}/new --format pgn", "Did you mean 'png'"),
         ("plot {kan} --out {text} --text {text} --max_length 16", "cannot make a folder"),
+        ("symbolic {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
+        ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --library tahn", "Did you mean 'tanh'"),
+        ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --layer 7", "layer=7"),
+        ("symbolic {kan} --out {tmp}/new --loss_budget 0.1", "Add --snap"),
         ("patch {bert}", "no out"),
         ("patch {bert} --out {kan}", "a path that is in use"),
         ("patch {bert} --out {text}", "a path that is in use"),
@@ -148,6 +152,19 @@ def test_compare_prints_a_table_or_json(places, capsys):
     assert "whole model:" in capsys.readouterr().out
     main(["compare", places["kan"], "--json"])
     assert json.loads(capsys.readouterr().out)["feed_forward"]["parameters_ratio"] > 1
+
+
+def test_symbolic_prints_outcomes_and_writes_the_tables_and_a_snapped_model(places, capsys):
+    out = places["tmp"] / "formulas"
+    line = ["symbolic", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--top", "5", "--layer", "0,1"]
+    main([*line, "--snap", "--loss_budget", "0.001"])
+    said = capsys.readouterr().out
+    assert "unsnappable" in said and "trial" not in said and f"saved: {out / 'model'}" in said
+    found = json.loads((out / "formulas.json").read_text())
+    assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 1, [5, 5])
+    assert len((out / "formulas.csv").read_text().splitlines()) == 11
+    held = [block.kan_functions.kan_formulas for block in blocks(load_model(str(out / "model"))).values()]
+    assert [len(formulas) for formulas in held] == [5, 5]
 
 
 def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):

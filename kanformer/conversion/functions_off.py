@@ -21,7 +21,8 @@ def without_functions(model: nn.Module) -> Iterator[None]:
             loss_of_the_rest = model(**batch).loss
 
     What is left are the linear maps and the old activations, as they are now: a freshly and exactly patched model does not change. The coefficients are
-    set aside, not copied, and zeros of their size stand in for them: look, do not train, within the block. Blocks with edges="mlp" have no functions.
+    set aside, not copied, and zeros of their size stand in for them: look, do not train, within the block. Formulas that functions were replaced by are
+    learned functions too. Blocks with edges="mlp" have none.
 
     Raises:
         NoFeedForwardError: the model holds no KAN-FFN and no learned function.
@@ -32,10 +33,15 @@ def without_functions(model: nn.Module) -> Iterator[None]:
             "switch the functions off", subject=type(model).__name__, got="no learned functions", hint="Patch it first: kanformer.patch_model(model)."
         )
     kept = [(coef, coef.data) for coef in dict.fromkeys(module.kan_coef for module in modules)]
+    formulas = [(module, module.kan_formulas) for module in modules]
     try:
         for coef, data in kept:
             coef.data = torch.zeros_like(data)
+        for module, _ in formulas:
+            module.kan_formulas = None
         yield
     finally:
         for coef, data in kept:
             coef.data = data
+        for module, held in formulas:
+            module.kan_formulas = held

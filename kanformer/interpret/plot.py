@@ -58,7 +58,7 @@ def plot_model(
     for number, path in enumerate(stats, 1):
         say(f"ranking functions: layer {number} of {len(stats)}")
         scores[path] = score_layer(model, stats, layer=path, top=top)
-    folder = _make_folder(out_dir)
+    folder = make_folder(out_dir, "the figures")
     files = []
     for name, figure in _figures(model, stats, scores, top, y, say):
         files += [write_file(folder / f"{name}.{kind}", _render(figure, kind, dpi)) for kind in formats]
@@ -99,12 +99,13 @@ def _check_options(formats: Iterable[str], top: int, y: str) -> list[str]:
     return chosen
 
 
-def _make_folder(out_dir: str | Path) -> Path:
+def make_folder(out_dir: str | Path, what: str) -> Path:
+    """A folder that is there. Raises CheckpointError."""
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError("make a folder for the figures", subject=str(folder), got=error.strerror or str(error), hint="Give another folder.") from error
+        raise CheckpointError(f"make a folder for {what}", subject=str(folder), got=error.strerror or str(error), hint="Give another folder.") from error
     return folder
 
 

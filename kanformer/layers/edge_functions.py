@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kanformer.bases import make_basis
 from kanformer.errors import ConfigError
 from kanformer.layers.base_functions import BaseFunction, base_function, has_parameters
+from kanformer.layers.formulas import Formulas
 from kanformer.layers.grids import GridModule, check_input, check_sizes
 from kanformer.ops import edge_functions
 
@@ -58,9 +59,27 @@ class EdgeFunctions(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.channels)
+        if self.kan_formulas is not None:
+            return self._partly_formulas(x, self.kan_formulas)
         if has_parameters(self.base):  # which autograd must see: the operator differentiates for x alone
             return self.base(x) + self.spline(x)
         return edge_functions(x, self.kan_coef, self.kan_grid, self.basis, self.kan_inner, base=self.base)
+
+    def _partly_formulas(self, x: Tensor, formulas: Formulas) -> Tensor:
+        """The formulas for their groups and splines for the rest; shapes depend on nothing but the number of formulas."""
+        snapped = formulas.kan_index[:, 0]
+        taken = torch.zeros(self.groups, dtype=torch.int8, device=snapped.device).index_fill(0, snapped, 1)
+        rest = taken.argsort(stable=True)[: self.groups - len(formulas)]
+        grouped = x.unflatten(-1, (self.groups, -1))
+        pieces = [formulas.grouped(grouped.index_select(-2, snapped), self.base)]
+        if len(formulas) < self.groups:
+            others, inner = grouped.index_select(-2, rest).flatten(-2), None if self.kan_inner is None else self.kan_inner[rest]
+            base = None if has_parameters(self.base) else self.base
+            y = edge_functions(others, self.kan_coef[rest], self.kan_grid[rest], self.basis, inner, base=base)
+            y = y if base is not None else self.base(others) + y
+            pieces.insert(0, y.unflatten(-1, (len(rest), -1)))
+        order = torch.cat([rest, snapped]).argsort()
+        return torch.cat(pieces, -2).index_select(-2, order).flatten(-2)
 
     def spline(self, x: Tensor) -> Tensor:
         """The learned part alone, (..., channels)."""

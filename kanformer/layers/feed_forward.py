@@ -148,6 +148,8 @@ class KANFeedForward(nn.Module):
             yield module.kan_coef
             if module.kan_inner is not None:
                 yield module.kan_inner
+            if module.kan_formulas is not None:
+                yield from module.kan_formulas.parameters()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, hidden_features={self.hidden_features}, gated={self.gated}, edges={self.edges}"

@@ -15,6 +15,7 @@ from kanformer.layers.function_init import init_functions
 
 if TYPE_CHECKING:
     from kanformer.layers.density import Density
+    from kanformer.layers.formulas import Formulas
     from kanformer.layers.regrid import GridReport
 
 
@@ -26,12 +27,14 @@ class GridModule(nn.Module):
     kan_coef: nn.Parameter
     kan_grid: Tensor
     kan_inner: nn.Parameter | None
+    kan_formulas: Formulas | None  # instead of some of the functions; their coefficients stay where they are, unused
 
     def _register_functions(self, basis: Basis, rows: int, grid_range: tuple[float, float], device, dtype) -> None:
         """The grid and the basis' inner numbers (rows, n_inner), which most bases do not have."""
         self._register_grid(basis, rows, grid_range, device)
         inner = torch.empty(rows, basis.n_inner, device=device, dtype=dtype)
         self.kan_inner = nn.Parameter(inner) if basis.n_inner else None
+        self.register_module("kan_formulas", None)
 
     def init_functions(self, init: str, *, std: float = 0.1, function: BaseFunction | None = None) -> None:
         """Starts the learned functions anew; base and weights stay.

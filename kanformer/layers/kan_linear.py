@@ -68,9 +68,19 @@ class KANLinear(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)
+        if self.kan_formulas is None:
+            return self._splines(x, self.kan_base_weight, self.kan_coef)
+        source, target = self.kan_formulas.kan_index.unbind(1)
+        flat = torch.zeros(self.out_features * self.in_features, dtype=torch.int8, device=source.device)
+        taken = flat.index_fill(0, target * self.in_features + source, 1).view(self.out_features, self.in_features).bool()
+        y = self._splines(x, self.kan_base_weight.masked_fill(taken, 0), self.kan_coef.masked_fill(taken.unsqueeze(1), 0))
+        return y + self.kan_formulas.summed(x, self.out_features, self.base).to(y.dtype)
+
+    def _splines(self, x: Tensor, weight: Tensor, coef: Tensor) -> Tensor:
         if has_parameters(self.base):  # which autograd must see: the operator differentiates for x alone
-            return nn.functional.linear(self.base(x), self.kan_base_weight, self.kan_bias) + self.spline(x)
-        return kan_linear(x, self.base, self.kan_base_weight, self.kan_bias, self.kan_coef, self.kan_grid, self.basis, self.kan_inner)
+            y = nn.functional.linear(self.base(x), weight, self.kan_bias)
+            return y + full_edges(x, coef, self.kan_grid, self.basis, self.kan_inner)
+        return kan_linear(x, self.base, weight, self.kan_bias, coef, self.kan_grid, self.basis, self.kan_inner)
 
     def spline(self, x: Tensor) -> Tensor:
         """The sum of the learned parts alone, (..., out_features)."""

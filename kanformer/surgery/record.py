@@ -16,6 +16,7 @@ _ATTRIBUTE = "_kanformer_record"
 QUANT_METHOD = "kan"
 COMPOSED = {"quant_method": QUANT_METHOD}  # the entry of a model whose parts were patched by themselves: their own configs have the records
 RECORD_VERSION = 2
+SNAPPED_VERSION = 3  # written where functions were replaced by formulas, which version 2 does not know
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class SiteRecord:
         config: what the KAN-FFN was made with.
         hidden: the KAN-FFN's width. mlp_hidden: the MLP's.
         down_bias: whether the KAN-FFN's down map has a bias. mlp_down_bias: whether the MLP's had.
+        snapped: of each map with formulas, by its path below the slot, {"families": {name: how many}, "trainable": bool}; see `layers.formulas`.
     """
 
     path: str
@@ -37,12 +39,13 @@ class SiteRecord:
     mlp_hidden: int
     down_bias: bool
     mlp_down_bias: bool
+    snapped: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], specs: list[FFNSpec], configs: list[KANConfig]) -> SiteRecord:
         """Reads what `to_dict` wrote; `spec` and `config` are numbers in these lists."""
         action, known = "read the patched blocks from config.json", {field.name: field.type for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) != set(known):
+        if not isinstance(values, dict) or set(values) | {"snapped"} != set(known):
             raise CheckpointError(action, got=f"an entry {values!r}", expected=f"an object with the keys {sorted(known)}")
         lists: tuple[tuple[str, list], ...] = (("spec", specs), ("config", configs))
         good = isinstance(values["path"], str) and all(type(values[name]) is int and 0 <= values[name] < len(known) for name, known in lists)
@@ -50,11 +53,13 @@ class SiteRecord:
         if not good or not all(type(values[name]) is bool for name in ("down_bias", "mlp_down_bias")):
             numbers = f"numbers of a spec (below {len(specs)}) and a config (below {len(configs)})"
             raise CheckpointError(action, got=f"wrong values in {values}", expected=f"a path, widths >= 1, two booleans, {numbers}")
+        if not _good_snapped(values.get("snapped", {})):
+            raise CheckpointError(action, got=f"snapped={values['snapped']!r}", expected="families with counts >= 1 and trainable, by map")
         return cls(**{**values, "spec": specs[values["spec"]], "config": configs[values["config"]]})
 
     def to_dict(self, specs: list[FFNSpec], configs: list[KANConfig]) -> dict[str, Any]:
         """Plain JSON values; spec and config are stored once, in these lists."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "snapped" or self.snapped}
         return {**values, "spec": specs.index(self.spec), "config": configs.index(self.config)}
 
 
@@ -77,7 +82,7 @@ class PatchRecord:
         configs = list(dict.fromkeys(site.config for site in self.sites))
         return {
             "quant_method": QUANT_METHOD,
-            "version": RECORD_VERSION,
+            "version": SNAPPED_VERSION if any(site.snapped for site in self.sites) else RECORD_VERSION,
             "configs": [config.to_dict() for config in configs],
             "specs": [spec.to_dict() for spec in specs],
             "sites": [site.to_dict(specs, configs) for site in self.sites],
@@ -92,11 +97,11 @@ class PatchRecord:
         """
         action = "read the KAN part of config.json"
         values = upgraded(values)
-        if values.get("version") != RECORD_VERSION:
+        if values.get("version") not in (RECORD_VERSION, SNAPPED_VERSION):
             raise CheckpointError(
                 action,
                 got=f"version {values.get('version')!r}",
-                expected=str(RECORD_VERSION),
+                expected=f"{RECORD_VERSION} or {SNAPPED_VERSION}",
                 hint="It was written by another kanformer; install that version or a newer one.",
             )
         unknown = set(values) - {"quant_method", "version", "configs", "specs", "sites"}
@@ -109,6 +114,16 @@ class PatchRecord:
             return cls(tuple(SiteRecord.from_dict(site, specs, configs) for site in values["sites"]))
         except ConfigError as error:
             raise CheckpointError(action, got=str(error)) from error
+
+
+def _good_snapped(maps: Any) -> bool:
+    def good(entry: Any) -> bool:
+        if not isinstance(entry, dict) or set(entry) != {"families", "trainable"} or type(entry["trainable"]) is not bool:
+            return False
+        families = entry["families"]
+        return isinstance(families, dict) and bool(families) and all(isinstance(name, str) and type(n) is int and n >= 1 for name, n in families.items())
+
+    return isinstance(maps, dict) and all(isinstance(path, str) and good(entry) for path, entry in maps.items())
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:

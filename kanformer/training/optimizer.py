@@ -20,6 +20,7 @@ def parameter_groups(model: nn.Module, arguments: LoopArguments) -> list[dict]:
     blocks = [module for module in model.modules() if isinstance(module, KANFeedForward | GridModule)]
     new = {id(parameter) for block in blocks for parameter in block.parameters()}
     splines = {id(parameter) for module in functions for parameter in (module.kan_coef, module.kan_inner)}
+    splines |= {id(parameter) for module in functions if module.kan_formulas is not None for parameter in module.kan_formulas.parameters()}
     new_rate = arguments.new_module_learning_rate
     rates = {"rest": arguments.learning_rate, "kan": new_rate, "spline": new_rate if arguments.spline_learning_rate is None else arguments.spline_learning_rate}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}

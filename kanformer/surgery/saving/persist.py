@@ -23,6 +23,7 @@ from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRe
 from kanformer.surgery.replacing.apply import swap
 from kanformer.surgery.saving.verify import ACTION, WATCHED, check_files, check_site, check_unique, short, watch_loading
 from kanformer.surgery.sentinel import clear_sentinels
+from kanformer.surgery.snapped import check_formulas, put_empty_formulas
 
 _ALIGNMENT = 64  # bytes, what torch's own allocations have
 
@@ -82,6 +83,7 @@ class KANQuantizer(HfQuantizer):
                 clear_sentinels(block)
             if isinstance(block, KANExperts):
                 _align(block)
+        check_formulas(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
@@ -185,7 +187,9 @@ def _empty(site: Site, entry: SiteRecord) -> KANModule:
         wrong = f"an MLP of width {entry.mlp_hidden}, {'with' if entry.mlp_down_bias else 'without'} a bias behind it, in config.json"
         raise CheckpointError(ACTION, subject=site.path, got=wrong, expected=f"{mlp[0]}, {'with' if mlp[1] else 'without'}")
     with torch.device(dense.up_weight.device):
-        return assemble(site, [empty_block(each, entry.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
+        module = assemble(site, [empty_block(each, entry.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
+    put_empty_formulas(module, entry.snapped, site.path)
+    return module
 
 
 def register_with_transformers() -> None:

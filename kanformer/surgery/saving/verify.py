@@ -36,7 +36,8 @@ def check_files(files: Sequence[str] | None) -> None:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                strange = [name for name in file.keys() if "kan_" in name and file.get_slice(name).get_dtype().startswith(_INTEGERS)]  # noqa: SIM118
+                ours = [name for name in file.keys() if "kan_" in name and not name.endswith(".kan_index")]  # noqa: SIM118
+                strange = [name for name in ours if file.get_slice(name).get_dtype().startswith(_INTEGERS)]
         except (SafetensorError, OSError) as error:
             size = f"a file of {path.stat().st_size:,} bytes" if path.is_file() else "a file"
             raise CheckpointError(ACTION, subject=path, got=f"{size} that is damaged or cut short ({short(error)})", hint="Copy it again.") from error
