@@ -55,7 +55,7 @@ def test_contexts_are_those_of_a_naive_pass(edges, skip):
                 assert torch.equal(found.values[channel, 1], x[order.flip(0)[:4], channel])
                 for slot in (0, 1, 4, 11):
                     for record in found.records(channel, slot):
-                        number, row, offset = divmod_sequence(record["sequence"]) + (record["offset"],)
+                        number, row, offset = *divmod(record["sequence"], 4), record["offset"]
                         ids, length = batches[number]["input_ids"][row], int(batches[number]["attention_mask"][row].sum())
                         assert record["ids"] == ids[max(0, offset - 8) : min(length, offset + 9)].tolist() and record["ids"][record["index"]] == int(
                             ids[offset]
@@ -63,10 +63,6 @@ def test_contexts_are_those_of_a_naive_pass(edges, skip):
                         assert record["value"] == float(x[places.index((number, row, offset)), channel])
                         if slot > 1:
                             assert found.edges[channel, slot - 2] <= record["value"] <= found.edges[channel, slot - 1]
-
-
-def divmod_sequence(sequence: int) -> tuple[int, int]:
-    return divmod(sequence, 4)
 
 
 def test_contexts_do_not_depend_on_batches_and_their_order():
@@ -224,6 +220,28 @@ def test_the_memory_plan():
     with pytest.raises(ConfigError, match="384 edges, which need"):
         plan_collection(find_blocks(model), ["std", "effect"], 0, None, 100).check()
     assert plan_collection(find_blocks(model), ["std"], 0, None, None).available
+
+
+def test_the_first_edges_only_in_turns():
+    model, batches = tiny("gpt2", edges="full", grid_size=2), texts()
+    whole = kanformer.collect(model, batches, scores="all")
+    passes = []
+    one_block = max(
+        plan_collection({path: block}, list(whole.layer(0).scores["kan_up"].values), 0, None, None).bytes for path, block in find_blocks(model).items()
+    )
+    kept = sum(one.kept for one in plan_collection(find_blocks(model), list(whole.layer(0).scores["kan_up"].values), 0, 7, None).maps)
+    limit = int(1.2 * one_block) + kept
+    some = kanformer.collect(model, batches, scores="all", top=7, max_memory=limit, progress=passes.append)
+    assert len(passes) == 2 * len(batches) and list(some) == list(whole)
+    assert some.top(7).columns == whole.top(7).columns
+    assert some.top(7).total == whole.top(7).total and some.top(7).remainder == pytest.approx(whole.top(7).remainder, abs=1e-12)
+    assert len(some.layer(0).scores["kan_up"]) == 7
+    with pytest.raises(ConfigError, match="2 passes"):
+        kanformer.collect(model, iter(batches), scores="all", top=7, max_memory=limit)
+    with pytest.raises(ConfigError, match="rank by"):
+        kanformer.collect(model, batches, scores=("share",), top=7)
+    with pytest.raises(ConfigError, match="edges, which need"):
+        kanformer.collect(model, batches, scores="all", top=7, max_memory=1000)
 
 
 PROCESS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from kanformer.errors import ConfigError, DataError, did_you_mean
 from kanformer.interpret.blocks import all_paths, choose_blocks, find_blocks
 from kanformer.interpret.collecting.finish import common_store, finish_block
 from kanformer.interpret.collecting.losses import Objective, UserLoss
-from kanformer.interpret.collecting.memory import plan_collection
+from kanformer.interpret.collecting.memory import plan_turns
 from kanformer.interpret.collecting.stats import DataUsed, LayerStats, ModelStats
 from kanformer.interpret.collecting.watch import BlockWatch, Run
 from kanformer.interpret.scoring.edges import BACKWARD, PROBE, SCORES
+from kanformer.interpret.scoring.table import keep_first
+from kanformer.layers import KANFeedForward
 from kanformer.ops import use_backend
 
 __all__ = ["LayerStats", "ModelStats", "collect"]
@@ -39,6 +42,8 @@ def collect(
     layers: Sequence[str | int] | str | int | None = None,
     name: str = "",
     max_memory: int | None = None,
+    top: int | None = None,
+    probes: int = 1,
 ) -> ModelStats:
     """Runs the model over batches once and gathers, per input channel of every map with learned functions, moments and a histogram; per output
     moments and gradients; and per edge what the scores asked for need.
@@ -61,6 +66,9 @@ def collect(
         layers: paths or numbers of the blocks to look at; None for all.
         name: what the data are called in headers.
         max_memory: bytes that the sums and scores may take; None means what the machine has free.
+        top: keep the first edges of each map only, by the first of effect, sens and std that is asked for. Where all blocks' sums do not fit into
+            memory at one time, the blocks are done in turns, with a pass over the batches each: these must then be a list or a loader.
+        probes: draws per sequence for the curvature in "effect", >= 1, with a backward pass each: with less than a hundred sequences more than one pays.
 
     Returns:
         `ModelStats`: `LayerStats` per block, keyed and ordered as in `model.named_modules()`; a block used twice has one entry.
@@ -70,37 +78,66 @@ def collect(
         DataError: no tokens, a batch the model cannot take, no loss to be made of it, or activations or gradients that are not finite (the message
             names layer and batch).
     """
-    wanted = _check(max_tokens, scores, contexts, logits)
+    wanted = _check(max_tokens, scores, {"contexts": contexts, "logits": logits}, {"top": 1 if top is None else top, "probes": probes})
     blocks = choose_blocks(find_blocks(model), layers)
-    plan_collection(blocks, wanted, contexts, None, max_memory).check()
-    backward = bool(BACKWARD & set(wanted))
-    watches = [BlockWatch(path, block, wanted, contexts, None if backward else max_tokens) for path, block in blocks.items()]
-    run = Run(skip_first=skip_first_token, gradients=backward)
-    task = _Task(model, run, watches, Objective(model, loss), max_tokens, PROBE & set(wanted) != set(), progress)
-    if any(watch.counts for watch in watches):
-        with _hooked(watches, run), _frozen(model) if backward else contextlib.nullcontext(), use_backend("eager"):
-            processes.together("collect statistics", lambda: task.run(batches))
-        task.finish(name, skip_first_token)
-    stores = {key: common_store(store) for key, store in run.stores.items()} if contexts else {"": (torch.empty(0), torch.empty(0), 0)}
-    paths = all_paths(model)
-    found = ModelStats(data=task.data, model=type(model).__name__)
-    for watch in watches:
-        also_at = tuple(path for path in paths[id(watch.block)] if path != watch.path)
-        found[watch.path] = finish_block(watch, wanted, stores, max(1.0, task.data.scored), also_at, backward)
+    turns = plan_turns(blocks, wanted, contexts, top, max_memory)
+    if len(turns) > 1 and iter(batches) is batches:
+        raise ConfigError("collect statistics", got=f"an iterator, for {len(turns)} passes", expected="a list or a loader", hint="Pass list(batches).")
+    settings = _Settings(wanted, max_tokens, contexts, skip_first_token, top, probes, name)
+    found = ModelStats(model=type(model).__name__)
+    for turn in turns:
+        part, found.data = _collect(model, batches, turn, settings, Objective(model, loss), progress)
+        found.update(part)
     if logits:
         from kanformer.interpret.logits import logit_effect
 
-        same = [batches] if isinstance(batches, Mapping) else itertools.islice(batches, task.data.batches)
+        same = [batches] if isinstance(batches, Mapping) else itertools.islice(batches, found.data.batches)
         found.logits, found.logits_note = logit_effect(model, same, logits)
     return found
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for."""
+
+    wanted: list[str]
+    max_tokens: int
+    contexts: int
+    skip_first: bool
+    top: int | None
+    probes: int
+    name: str
+
+
+def _collect(
+    model: nn.Module, batches: Iterable[Mapping], blocks: Mapping[str, KANFeedForward], settings: _Settings, objective: Objective, progress
+) -> tuple[dict[str, LayerStats], DataUsed]:
+    """One pass, for some of the blocks."""
+    wanted = settings.wanted
+    backward = bool(BACKWARD & set(wanted))
+    watches = [BlockWatch(path, block, wanted, settings.contexts, None if backward else settings.max_tokens) for path, block in blocks.items()]
+    run = Run(skip_first=settings.skip_first, gradients=backward)
+    task = _Task(model, run, watches, objective, settings.max_tokens, settings.probes if PROBE & set(wanted) else 0, progress)
+    if any(watch.counts for watch in watches):
+        with _hooked(watches, run), _frozen(model) if backward else contextlib.nullcontext(), use_backend("eager"):
+            processes.together("collect statistics", lambda: task.run(batches))
+        task.finish(settings.name, settings.skip_first)
+    stores = {key: common_store(store) for key, store in run.stores.items()} if settings.contexts else {"": (torch.empty(0), torch.empty(0), 0)}
+    paths, found = all_paths(model), {}
+    for watch in watches:
+        also_at = tuple(path for path in paths[id(watch.block)] if path != watch.path)
+        found[watch.path] = finish_block(watch, wanted, stores, max(1.0, task.data.scored), also_at, backward)
+        if settings.top is not None:
+            keep_first(found[watch.path].scores, settings.top)
+    return found, task.data
 
 
 class _Task:
     """The pass itself."""
 
-    def __init__(self, model: nn.Module, run: Run, watches: list[BlockWatch], objective: Objective, max_tokens: int, probe: bool, progress) -> None:
+    def __init__(self, model: nn.Module, run: Run, watches: list[BlockWatch], objective: Objective, max_tokens: int, probes: int, progress) -> None:
         self.model, self.current, self.watches, self.objective = model, run, watches, objective
-        self.max_tokens, self.probe, self.progress = max_tokens, probe, progress
+        self.max_tokens, self.probes, self.progress = max_tokens, probes, progress
         self.loss = self.scored = 0.0
         self.tokens = self.batches = 0
         self.data = DataUsed()
@@ -113,17 +150,21 @@ class _Task:
         calls = self.current.calls
         if not self.current.gradients or not calls:
             return
-        measured = self.objective(outputs, inputs, probe=self.probe)
+        measured = self.objective(outputs, inputs, probes=self.probes)
         self.loss, self.scored = self.loss + float(measured.total.detach()), self.scored + measured.count
         deltas = [call.delta for call in calls]
-        gradients = None if measured.flat else self._gradients(measured.total, deltas, self.probe and measured.probe is not None)
-        probes = self._gradients(measured.probe, deltas, False) if measured.probe is not None else gradients if self.probe else None
+        drawn = list(measured.probes)
+        gradients = None if measured.flat else self._gradients(measured.total, deltas, bool(drawn))
+        probes = [self._gradients(total, deltas, number + 1 < len(drawn)) for number, total in enumerate(drawn)]
+        if gradients is not None and self.probes and not drawn:
+            probes = [gradients]
         for number, call in enumerate(calls):
-            gradient, probe = (None if side is None else call.located.rows(side[number]) for side in (gradients, probes))
-            for side in (gradient, probe):
+            gradient = None if gradients is None else call.located.rows(gradients[number])
+            sides = [call.located.rows(side[number]) for side in probes]
+            for side in (gradient, *sides):
                 if side is not None and not bool(side.isfinite().all()):
                     raise DataError("collect statistics", subject=f"{call.name}, gradient", got=f"NaN or infinity in batch {self.current.number}")
-            call.edges.add(call.located.rows(call.x), call.located.rows(call.y), gradient, probe, call.located.sizes())
+            call.edges.add(call.located.rows(call.x), call.located.rows(call.y), gradient, sides, call.located.sizes())
 
     def _gradients(self, total: Tensor, deltas: list[Tensor], again: bool) -> list[Tensor]:
         if not total.requires_grad:
@@ -151,12 +192,11 @@ class _Task:
         self.data = DataUsed(name, int(tokens), int(sequences), int(count), skip_first, label, loss / scored if scored else None, scored)
 
 
-def _check(max_tokens: int, scores: str | Sequence[str], contexts: int, logits: int) -> list[str]:
-    if max_tokens < 1:
-        raise ConfigError("collect statistics", got=f"max_tokens={max_tokens}", expected="at least 1")
-    for option, value in (("contexts", contexts), ("logits", logits)):
-        if value < 0:
-            raise ConfigError("collect statistics", got=f"{option}={value}", expected="0 or more")
+def _check(max_tokens: int, scores: str | Sequence[str], counts: Mapping[str, int], positive: Mapping[str, int]) -> list[str]:
+    for options, least in (({"max_tokens": max_tokens, **positive}, 1), (counts, 0)):
+        for option, value in options.items():
+            if value < least:
+                raise ConfigError("collect statistics", got=f"{option}={value}", expected=f"at least {least}")
     wanted: list[str] = list(SCORES) if scores == "all" else [scores] if isinstance(scores, str) else list(dict.fromkeys(scores))
     for score in wanted:
         if score not in SCORES:

@@ -46,8 +46,8 @@ class EdgeSums:
         return [table for table in (self.covariance, self.slope, self.curvature) if table is not None]
 
     @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor, gradient: Tensor | None, probe: Tensor | None, sizes: list[int]) -> None:
-        """Takes in rows of inputs x (tokens, in), outputs y and gradients (tokens, out); `sizes`: rows of each stretch, in order."""
+    def add(self, x: Tensor, y: Tensor, gradient: Tensor | None, probes: Sequence[Tensor], sizes: list[int]) -> None:
+        """Takes in rows of inputs x (tokens, in), outputs y and gradients (tokens, out); `sizes`: rows of each stretch, in order. Probes are averaged."""
         if self._origin is None:
             self._origin = torch.zeros(self.edges.count, self.edges.inputs, dtype=torch.float64, device=x.device)
             for columns in self._columns(x.shape[0]):
@@ -60,15 +60,16 @@ class EdgeSums:
         sides = [(table, side.to(dtype)) for table, side in ((self.covariance, y), (self.slope, gradient)) if table is not None and side is not None]
         if gradient is not None:
             self._gradients += gradient.double().sum(0)
-        stretches = [] if probe is None or self.curvature is None else list(probe.to(dtype).split(sizes))
-        for stretch in stretches:
+        scale = max(1, len(probes)) ** -0.5
+        draws = [(scale * probe).to(dtype).split(sizes) for probe in probes]
+        for stretch in (stretch for draw in draws for stretch in draw):
             self._probes += stretch.double().sum(0).square()
         for columns in self._columns(x.shape[0]):
             planes = [(plane.double() - mean).to(dtype) for plane, mean in zip(self.edges.values(x, columns), self._origin[:, columns], strict=True)]
             self._planes[:, columns] += torch.stack([plane.double().sum(0) for plane in planes])
             self._products(columns, planes, sides)
-            if stretches:
-                self._squares(columns, [plane.split(sizes) for plane in planes], stretches)
+            for draw in draws:
+                self._squares(columns, [plane.split(sizes) for plane in planes], draw)
 
     def _columns(self, rows: int) -> list[slice]:
         step = max(1, _CHUNK_NUMBERS // max(self.edges.outputs, rows * self.edges.count))
@@ -146,18 +147,19 @@ class FunctionSums:
         self.curvature = torch.zeros(groups, dtype=torch.float64)
 
     @torch.no_grad()
-    def add(self, hidden: Tensor, gradient: Tensor | None, probe: Tensor | None, sizes: list[int]) -> None:
-        """Takes in rows of hidden channels (tokens, channels), and gradients and probes by the map's outputs (tokens, out)."""
+    def add(self, hidden: Tensor, gradients: Sequence[Tensor], probes: Sequence[Tensor], sizes: list[int]) -> None:
+        """Takes in rows of hidden channels (tokens, channels), and gradients and probes by the map's outputs (tokens, out), each kind averaged."""
         hidden = hidden.double()
         if self._origin is None:
             self._origin = hidden.mean(0)
         weight = self.weight.detach().double()
-        if gradient is not None:
-            self.gradients += (gradient.double() @ weight).square().sum(0)
-        if probe is None:
-            return
-        by_hidden = probe.double() @ weight
-        products = torch.stack([part.sum(0) for part in (by_hidden * (hidden - self._origin)).split(sizes)])
+        for gradient in gradients:
+            self.gradients += (gradient.double() @ weight).square().sum(0) / len(gradients)
+        for probe in probes:
+            self._add_pairs(hidden - self._origin, probe.double() @ weight * len(probes) ** -0.5, sizes)
+
+    def _add_pairs(self, centred: Tensor, by_hidden: Tensor, sizes: list[int]) -> None:
+        products = torch.stack([part.sum(0) for part in (by_hidden * centred).split(sizes)])
         slopes = torch.stack([part.sum(0) for part in by_hidden.split(sizes)])
         both = torch.cat([products.view(-1, self.groups, self.repeats).sum(2, keepdim=True), slopes.view(-1, self.groups, self.repeats)], 2).transpose(0, 1)
         self._pairs.baddbmm_(both.transpose(1, 2), both)

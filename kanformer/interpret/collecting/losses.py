@@ -26,7 +26,7 @@ class Measured:
         total: scalar, the loss times what it is a mean over; in the graph where gradients are recorded.
         count: what it is a mean over: predicted tokens, labelled sequences, or tokens.
         sequences, counts: (sequences,) the same per sequence, detached, in float64; None where only the batch's mean is known.
-        probe: scalar, or None: its gradient by the outputs has the Hessian of `total` as its second moment.
+        probes: scalars, independent draws: the gradient of each by the outputs has the Hessian of `total` as its second moment.
         flat: whether the gradient of `total` is zero by construction.
     """
 
@@ -34,7 +34,7 @@ class Measured:
     count: float
     sequences: Tensor | None = None
     counts: Tensor | None = None
-    probe: Tensor | None = None
+    probes: tuple[Tensor, ...] = ()
     flat: bool = False
 
 
@@ -60,34 +60,34 @@ class Objective:
         kind = type(model).__name__
         self.causal, self.masked = kind.endswith(_CAUSAL), kind.endswith(_MASKED)
 
-    def __call__(self, outputs: Any, batch: Mapping[str, Any], reference: Any = None, probe: bool = False) -> Measured:
+    def __call__(self, outputs: Any, batch: Mapping[str, Any], reference: Any = None, probes: int = 0) -> Measured:
         """The loss of one batch.
 
         Args:
             outputs: what the model gave. batch: what it was given.
             reference: what the model gives for the batch when nothing is changed; needed for an encoder's movement, None means `outputs`.
-            probe: whether the curvature will be asked for.
+            probes: draws for the curvature; of the movement there is always one where gradients are recorded, for nothing else has a gradient.
 
         Raises:
             DataError: no loss can be made of this, or it is not finite.
         """
-        measured = self._measure(outputs, batch, outputs if reference is None else reference, probe)
+        measured = self._measure(outputs, batch, outputs if reference is None else reference, probes)
         if not bool(torch.isfinite(measured.total.detach())):
             raise DataError("compute the loss", subject=self.name, got=float(measured.total.detach()), expected="a finite number")
         return measured
 
-    def _measure(self, outputs: Any, batch: Mapping[str, Any], reference: Any, probe: bool) -> Measured:
+    def _measure(self, outputs: Any, batch: Mapping[str, Any], reference: Any, probes: int) -> Measured:
         if self.user is not None:
             return self._users(outputs, batch)
         logits = _field(outputs, "logits")
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
-            return self._labelled(outputs, batch, logits, labels, probe)
+            return self._labelled(outputs, batch, logits, labels, probes)
         ids = batch.get("input_ids")
         if logits is not None and isinstance(ids, Tensor) and (self.causal or self.masked) and logits.shape[:2] == ids.shape:
             self.name = "cross-entropy of the next token" if self.causal else "cross-entropy of the visible token"
             mask = batch.get("attention_mask")
-            return _cross_entropy(*self._aligned(logits, ids if mask is None else ids.masked_fill(mask == 0, IGNORED)), batch, probe)
+            return _cross_entropy(*self._aligned(logits, ids if mask is None else ids.masked_fill(mask == 0, IGNORED)), batch, probes)
         hidden = outputs if isinstance(outputs, Tensor) else _field(outputs, "last_hidden_state")
         if hidden is None or logits is not None:
             raise DataError(
@@ -99,7 +99,7 @@ class Objective:
             )
         self.name = "movement of the final hidden state"
         before = reference if isinstance(reference, Tensor) else _field(reference, "last_hidden_state")
-        return _movement(hidden, before.detach(), batch, hidden.requires_grad, reference is outputs)
+        return _movement(hidden, before.detach(), batch, max(1, probes) if hidden.requires_grad else 0, reference is outputs)
 
     def _users(self, outputs: Any, batch: Mapping[str, Any]) -> Measured:
         assert self.user is not None
@@ -112,7 +112,7 @@ class Objective:
         count = float(_token_count(batch))
         return Measured(value.reshape(()) * count, count)
 
-    def _labelled(self, outputs: Any, batch: Mapping[str, Any], logits: Tensor | None, labels: Tensor, probe: bool) -> Measured:
+    def _labelled(self, outputs: Any, batch: Mapping[str, Any], logits: Tensor | None, labels: Tensor, probes: int) -> Measured:
         value = _field(outputs, "loss")
         if value is None:
             raise DataError("compute the loss", subject=type(self.model).__name__, got="labels, but no loss in the outputs", hint="Pass loss=.")
@@ -121,17 +121,17 @@ class Objective:
         if not whole or logits is None:
             count = float((labels != IGNORED).sum()) if labels.dtype == torch.int64 and labels.dim() == 2 else float(labels.shape[0])
             return Measured(value * count, count)
-        own = _cross_entropy(*self._aligned(logits, labels), batch, probe)
+        own = _cross_entropy(*self._aligned(logits, labels), batch, probes)
         mean = float(own.total.detach()) / max(1.0, own.count)
         if abs(mean - float(value.detach())) > 1e-3 * max(1e-3, abs(mean)):  # smoothing, routers' losses: known as a mean only
-            return Measured(value * own.count, own.count, probe=own.probe)
-        return Measured(value * own.count, own.count, own.sequences, own.counts, own.probe)
+            return Measured(value * own.count, own.count, probes=own.probes)
+        return Measured(value * own.count, own.count, own.sequences, own.counts, own.probes)
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (logits[:, :-1], labels[:, 1:]) if self.causal else (logits, labels)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, batch: Mapping[str, Any], probe: bool) -> Measured:
+def _cross_entropy(logits: Tensor, labels: Tensor, batch: Mapping[str, Any], probes: int) -> Measured:
     """Of logits (sequences, ..., classes) and labels (sequences, ...)."""
     scores = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     kept = labels != IGNORED
@@ -139,11 +139,12 @@ def _cross_entropy(logits: Tensor, labels: Tensor, batch: Mapping[str, Any], pro
     losses = torch.where(kept, losses, 0.0)
     rows = losses.detach().double().reshape(len(labels), -1).sum(1)
     counts = kept.reshape(len(labels), -1).sum(1).double()
-    drawn = None
-    if probe:
-        sampled = torch.stack([_sample(row, seed, chosen) for row, seed, chosen in zip(scores.detach(), _seeds(batch, len(labels)), kept, strict=True)])
-        drawn = -torch.where(kept, scores.gather(-1, sampled.unsqueeze(-1)).squeeze(-1), 0.0).sum()
-    return Measured(losses.sum(), float(counts.sum()), rows, counts, drawn)
+    drawn = []
+    for number in range(probes):
+        seeds = _seeds(batch, len(labels), number)
+        sampled = torch.stack([_sample(row, seed, chosen) for row, seed, chosen in zip(scores.detach(), seeds, kept, strict=True)])
+        drawn.append(-torch.where(kept, scores.gather(-1, sampled.unsqueeze(-1)).squeeze(-1), 0.0).sum())
+    return Measured(losses.sum(), float(counts.sum()), rows, counts, tuple(drawn))
 
 
 def _sample(scores: Tensor, seed: int, kept: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ def _sample(scores: Tensor, seed: int, kept: Tensor) -> Tensor:
     return found
 
 
-def _movement(hidden: Tensor, before: Tensor, batch: Mapping[str, Any], probe: bool, flat: bool) -> Measured:
+def _movement(hidden: Tensor, before: Tensor, batch: Mapping[str, Any], probes: int, flat: bool) -> Measured:
     """|h - h0|^2 / |h0|^2 per token of hidden states (sequences, ..., d)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden, before = hidden.to(wide), before.to(wide)
@@ -166,26 +167,26 @@ def _movement(hidden: Tensor, before: Tensor, batch: Mapping[str, Any], probe: b
         kept = mask != 0
     size = before.square().sum(-1).clamp(min=1e-30)
     moved = torch.where(kept, (hidden - before).square().sum(-1) / size, 0.0)
-    drawn = None
-    if probe:
+    drawn = []
+    for number in range(probes):
         noise = torch.zeros_like(before)
-        for row, seed in enumerate(_seeds(batch, len(hidden))):
+        for row, seed in enumerate(_seeds(batch, len(hidden), number)):
             draws = torch.randn(int(kept[row].sum()), hidden.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             noise[row][kept[row]] = draws.to(noise)
-        drawn = (noise * hidden * (2 / size).sqrt().unsqueeze(-1)).sum()
+        drawn.append((noise * hidden * (2 / size).sqrt().unsqueeze(-1)).sum())
     counts = kept.reshape(len(hidden), -1).sum(1).double()
-    return Measured(moved.sum(), float(counts.sum()), moved.detach().double().reshape(len(hidden), -1).sum(1), counts, drawn, flat)
+    return Measured(moved.sum(), float(counts.sum()), moved.detach().double().reshape(len(hidden), -1).sum(1), counts, tuple(drawn), flat)
 
 
-def _seeds(batch: Mapping[str, Any], sequences: int) -> list[int]:
-    """A number per sequence made from its content without padding."""
+def _seeds(batch: Mapping[str, Any], sequences: int, draw: int) -> list[int]:
+    """A number per sequence made from its content without padding, another one for each draw."""
     mask = batch.get("attention_mask")
     for key in ("input_ids", "inputs_embeds", *batch):
         value = batch.get(key)
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == sequences:
             masked = isinstance(mask, Tensor) and mask.shape == value.shape[:2]
-            return [content_seed(row[keep != 0] if masked else row) for row, keep in zip(value, mask if masked else value, strict=True)]  # type: ignore[arg-type]
-    return list(range(sequences))
+            return [content_seed(row[keep != 0] if masked else row) + (draw << 32) for row, keep in zip(value, mask if masked else value, strict=True)]  # type: ignore[arg-type]
+    return [row + (draw << 32) for row in range(sequences)]
 
 
 def _token_count(batch: Mapping[str, Any]) -> int:

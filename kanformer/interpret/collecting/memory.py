@@ -9,6 +9,7 @@ import torch
 
 from kanformer.errors import ConfigError
 from kanformer.interpret.collecting.contexts import BINS, SAMPLE
+from kanformer.interpret.scoring.table import DEFAULT_RANKS
 from kanformer.layers import EdgeFunctions, KANFeedForward
 
 _HISTOGRAM = 256 * 16  # bytes per channel, see conversion.histogram
@@ -55,7 +56,7 @@ class MemoryPlan:
                 "collect edge scores",
                 got=f"{self.edges:,} edges, which need {self.bytes / GIB:.2f} GiB",
                 expected=f"at most {self.available / GIB:.2f} GiB",
-                hint="Keep only the first of each map (top=10_000; two passes), ask for fewer scores or some layers (layers=[0, 1]), or give max_memory=.",
+                hint="Keep only the first of each map (top=10_000; blocks in turns), ask for fewer scores or some layers (layers=[0, 1]), or give max_memory=.",
             )
 
     def __str__(self) -> str:
@@ -80,10 +81,36 @@ def plan_collection(blocks: Mapping[str, KANFeedForward], scores: Collection[str
             samples = channels * (SAMPLE * 4 + 2 * contexts * 16) if contexts else 0
             pairs = 8 * module.groups * (channels // module.groups + 1) ** 2 if shared and "effect" in scores else 0
             tables = ("share" in scores) + ("effect1" in scores or "effect" in scores) + 2 * ("effect" in scores)
-            counted = edges if top is None else 0
             kept = len(scores) * size * (edges if top is None else min(top, edges)) + channels * (per_channel + contexts * (2 + BINS) * 12)
-            maps.append(MapCost(path, "kan_down" if shared else name, edges, counted * tables * size + channels * per_channel + samples + pairs, kept))
+            maps.append(MapCost(path, "kan_down" if shared else name, edges, edges * tables * size + channels * per_channel + samples + pairs, kept))
     return MemoryPlan(tuple(maps), max_memory if max_memory is not None else _available(blocks))
+
+
+def plan_turns(
+    blocks: Mapping[str, KANFeedForward], scores: Collection[str], contexts: int, top: int | None, max_memory: int | None
+) -> list[dict[str, KANFeedForward]]:
+    """The blocks of each pass: all in one where everything is kept, else as many at a time as fit.
+
+    Raises:
+        ConfigError: they do not fit, or with `top` a single block does not.
+    """
+    plan = plan_collection(blocks, scores, contexts, None, max_memory)
+    if top is None or not scores:
+        plan.check()
+        return [dict(blocks)]
+    if not set(DEFAULT_RANKS) & set(scores):
+        raise ConfigError("keep the first edges", got=f"scores={tuple(scores)}", expected=f"one of {', '.join(DEFAULT_RANKS)} among them, to rank by")
+    kept = sum(one.kept for one in plan_collection(blocks, scores, contexts, top, max_memory).maps)
+    room = None if plan.available is None else plan.available - kept
+    turns: list[dict[str, KANFeedForward]] = []
+    for path, block in blocks.items():
+        both = {**turns[-1], path: block} if turns else {path: block}
+        if turns and (room is None or plan_collection(both, scores, contexts, None, room).bytes <= room):
+            turns[-1] = both
+        else:
+            plan_collection({path: block}, scores, contexts, None, room).check()
+            turns.append({path: block})
+    return turns
 
 
 def _available(blocks: Mapping[str, KANFeedForward]) -> int | None:

@@ -67,15 +67,16 @@ class EdgeWatch:
         backward = slope or "sens" in wanted
         self.functions = FunctionSums(cast(Tensor, source.module.weight), groups) if groups is not None and backward else None
 
-    def add(self, x: Tensor, y: Tensor, gradient: Tensor | None, probe: Tensor | None, sizes: list[int]) -> None:
-        """Takes in rows; gradients (tokens, out) of the summed loss and of its probe."""
+    def add(self, x: Tensor, y: Tensor, gradient: Tensor | None, probes: list[Tensor], sizes: list[int]) -> None:
+        """Takes in rows; gradients (tokens, out) of the summed loss and of its probes."""
         self.outputs.add(y)
-        strength = gradient if gradient is not None else probe
-        if strength is not None:
+        strengths = [gradient] if gradient is not None else probes
+        for strength in strengths:
             self.gradients.add(strength)
-        self.sums.add(x, y, gradient, probe, sizes)
+        used = probes if self.sums.curvature is not None else []
+        self.sums.add(x, y, gradient, used, sizes)
         if self.functions is not None:
-            self.functions.add(x, strength, probe if self.sums.curvature is not None else None, sizes)
+            self.functions.add(x, strengths, used, sizes)
 
 
 class BlockWatch:
@@ -146,7 +147,7 @@ class BlockWatch:
             return None
         self._check(y.detach(), f"output of {name}", run)
         if not run.gradients:
-            edges.add(rows, located.rows(y.detach()), None, None, located.sizes())
+            edges.add(rows, located.rows(y.detach()), None, [], located.sizes())
             return None
         delta = torch.zeros_like(y, requires_grad=True)
         run.calls.append(Call(edges, f"{self.path}, {name}", x.detach(), y.detach(), delta, located))

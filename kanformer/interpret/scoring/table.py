@@ -31,6 +31,7 @@ class Scores:
         channels: input channels per function, 1 for edges.
         index: None, or where only the first ones were kept (n, 2) of output and input, and every tensor is (n,).
         total: number of edges or functions of the map.
+        sums: of each score over all of them, where only the first ones were kept.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Scores:
     channels: int = 1
     index: Tensor | None = None
     total: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return next((value.numel() for value in self.values.values()), 0)
@@ -158,7 +160,7 @@ def top_of(scores: Sequence[Scores], n: int, by: str | None) -> Table:
     chosen, best, total, number = [], [], 0.0, 0
     for which, one in enumerate(scores):
         value = one.values[one.rank_by(by)].flatten()
-        total, number = total + float(value.double().sum()), number + max(one.total, len(one))
+        total, number = total + one.sums.get(by, float(value.double().sum())), number + max(one.total, len(one))
         places = first_places(value, n)
         chosen.append(torch.stack([torch.full_like(places, which), places], 1))
         best.append(value[places])
@@ -168,6 +170,16 @@ def top_of(scores: Sequence[Scores], n: int, by: str | None) -> Table:
     names = list(dict.fromkeys(name for part in parts for name in part.columns))
     columns = {name: [value for part in parts for value in part.columns.get(name, [None])] for name in names}
     return Table(columns, by, number, total - float(shown.double().sum()))
+
+
+def keep_first(scores: dict[str, Scores], top: int) -> None:
+    """Replaces scores of edges by those of the first `top` of each map."""
+    for name, one in scores.items():
+        places = first_places(one.values[one.rank_by()].flatten(), top)
+        found = one.at(places)
+        index = torch.stack([found.pop("output"), found.pop("input")], 1)
+        sums = {score: float(value.double().sum()) for score, value in one.values.items()}
+        scores[name] = Scores(one.path, one.map, one.kind, found, one.channels, index, one.total, sums)
 
 
 def first_places(values: Tensor, n: int) -> Tensor:
