@@ -250,21 +250,28 @@ import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import kanformer
 from interpret_cases import texts, tiny
-folder, rank, kind, edges = sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
+folder, rank = sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
-batches = texts()
-kanformer.collect(tiny(kind, edges=edges, grid_size=3), batches[:2] if rank == 0 else batches[2:], scores="all", contexts=2, logits=2).save(f"{folder}/{rank}")
+batches = texts()[:2] if rank == 0 else texts()[2:]
+for kind, edges in (("gpt2", "full"), ("mixtral", "shared")):
+    kanformer.collect(tiny(kind, edges=edges, grid_size=3), batches, scores="all", contexts=2, logits=2).save(f"{folder}/{kind}-{rank}")
 """
 
 
-@pytest.mark.parametrize(("kind", "edges"), [("gpt2", "full"), ("mixtral", "shared")])
-def test_two_processes_are_one(tmp_path, kind, edges):
-    command = [sys.executable, "-c", PROCESS, str(TESTS), str(tmp_path)]
-    children = [subprocess.Popen([*command, str(rank), kind, edges], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> Path:
+    """What two processes saved."""
+    folder = tmp_path_factory.mktemp("two")
+    children = [subprocess.Popen([sys.executable, "-c", PROCESS, str(TESTS), str(folder), str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     for child in children:
         _, errors = child.communicate(timeout=300)
         assert child.returncode == 0, errors
-    one, two = (load_stats(tmp_path / str(rank)) for rank in (0, 1))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "edges"), [("gpt2", "full"), ("mixtral", "shared")])
+def test_two_processes_are_one(processes, kind, edges):
+    one, two = (load_stats(processes / f"{kind}-{rank}") for rank in (0, 1))
     assert_same(dict(one), dict(two))
     assert_same(one.logits, two.logits)
     whole = kanformer.collect(tiny(kind, edges=edges, grid_size=3), texts(), scores="all", contexts=2, logits=2)
