@@ -28,7 +28,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def run_batches(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], current: dict[str, Any] | None = None, after: Callable[[int], bool] | None = None
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    current: dict[str, Any] | None = None,
+    after: Callable[[int], bool] | None = None,
+    look: Callable[[Any, dict[str, Any]], None] | None = None,
+    gradients: bool = False,
 ) -> int:
     """Calls `model(**batch)` for every batch, see `untouched`.
 
@@ -36,6 +41,8 @@ def run_batches(
         batches: mappings of model inputs (tensors are moved to the model's device); a single mapping is one batch.
         current: filled with the batch at hand before each call, for hooks to read.
         after: called with the number of batches so far; True stops.
+        look: called with the outputs and the inputs of each batch.
+        gradients: whether they are recorded, in the call and in `look`.
 
     Returns:
         The number of batches.
@@ -55,12 +62,17 @@ def run_batches(
                 current.clear()
                 current.update(inputs)
             try:
-                model(**inputs)
+                with torch.set_grad_enabled(gradients):  # for each batch: a generator of batches may have changed it
+                    outputs = model(**inputs)
             except KanformerError:
                 raise
             except (TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())
                 raise DataError("run the model", subject=f"batch {number}", got=f"{type(model).__name__} does not take {sorted(inputs)} ({reason})") from error
+            if look is not None:
+                with torch.set_grad_enabled(gradients):
+                    look(outputs, inputs)
+            del outputs
             if after is not None and after(number):
                 break
     return number

@@ -8,17 +8,54 @@ from typing import TYPE_CHECKING
 from kanformer.conversion.histogram import ChannelStats
 
 # Not lazily: a lazy `collect` would be hidden by the submodule of that name once something imports it.
-from kanformer.interpret.collect import LayerStats, collect
+from kanformer.interpret.collect import LayerStats, ModelStats, collect
 from kanformer.interpret.scores import MapScores, score_layer
 
 if TYPE_CHECKING:
+    from kanformer.interpret.collecting.files import load_stats
+    from kanformer.interpret.collecting.memory import plan_collection
     from kanformer.interpret.figures import plot_layer
+    from kanformer.interpret.logits import logit_effect
     from kanformer.interpret.overview import plot_overview
     from kanformer.interpret.plot import plot_model
+    from kanformer.interpret.truth.ablate import ablate
+    from kanformer.interpret.truth.check import truth_check
+    from kanformer.interpret.truth.faithfulness import Faithfulness, faithfulness
+    from kanformer.interpret.truth.hold import Target
 
-_LAZY = {"plot_layer": "figures", "plot_model": "plot", "plot_overview": "overview"}
+_LAZY = {
+    "Faithfulness": "truth.faithfulness",
+    "Target": "truth.hold",
+    "ablate": "truth.ablate",
+    "faithfulness": "truth.faithfulness",
+    "load_stats": "collecting.files",
+    "logit_effect": "logits",
+    "plan_collection": "collecting.memory",
+    "plot_layer": "figures",
+    "plot_model": "plot",
+    "plot_overview": "overview",
+    "truth_check": "truth.check",
+}
 
-__all__ = ["ChannelStats", "LayerStats", "MapScores", "collect", "plot_layer", "plot_model", "plot_overview", "score_layer"]
+__all__ = [
+    "ChannelStats",
+    "Faithfulness",
+    "LayerStats",
+    "MapScores",
+    "ModelStats",
+    "Target",
+    "ablate",
+    "collect",
+    "faithfulness",
+    "load_stats",
+    "logit_effect",
+    "plan_collection",
+    "plot_layer",
+    "plot_model",
+    "plot_overview",
+    "score_layer",
+    "truth_check",
+]
 
 
 def __getattr__(name: str):

@@ -1,156 +1,229 @@
-"""One streaming pass over data: what arrives at every learned function of a model."""
+"""One streaming pass over data: what arrives at every learned function of a model, what it gives, and what the loss makes of it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kanformer.conversion.batches import run_batches, select_tokens
-from kanformer.conversion.histogram import ChannelRecorder, ChannelStats
-from kanformer.conversion.moments import Moments
-from kanformer.errors import ConfigError, DataError
-from kanformer.interpret.blocks import all_paths, find_blocks
-from kanformer.layers import EdgeFunctions, KANFeedForward
+from kanformer.conversion import processes
+from kanformer.conversion.batches import run_batches
+from kanformer.errors import ConfigError, DataError, did_you_mean
+from kanformer.interpret.blocks import all_paths, choose_blocks, find_blocks
+from kanformer.interpret.collecting.finish import common_store, finish_block
+from kanformer.interpret.collecting.losses import Objective, UserLoss
+from kanformer.interpret.collecting.memory import plan_turns
+from kanformer.interpret.collecting.stats import DataUsed, LayerStats, ModelStats
+from kanformer.interpret.collecting.watch import BlockWatch, Run
+from kanformer.interpret.scoring.edges import BACKWARD, PROBE, SCORES
+from kanformer.interpret.scoring.table import keep_first
+from kanformer.layers import KANFeedForward
+from kanformer.ops import use_backend
+
+__all__ = ["LayerStats", "ModelStats", "collect"]
 
 
-@dataclass(frozen=True)
-class LayerStats:
-    """What was seen in one KAN-FFN.
+def collect(
+    model: nn.Module,
+    batches: Iterable[Mapping],
+    max_tokens: int = 16_384,
+    progress: Callable[[str], None] | None = None,
+    *,
+    scores: str | Sequence[str] = ("std",),
+    contexts: int = 0,
+    logits: int = 0,
+    loss: UserLoss | None = None,
+    skip_first_token: bool = False,
+    layers: Sequence[str | int] | str | int | None = None,
+    name: str = "",
+    max_memory: int | None = None,
+    top: int | None = None,
+    probes: int = 1,
+) -> ModelStats:
+    """Runs the model over batches once and gathers, per input channel of every map with learned functions, moments and a histogram; per output
+    moments and gradients; and per edge what the scores asked for need.
 
-    Attributes:
-        path: where the block is in the model; `also_at`: further paths of the same block.
-        edges: "shared", "full" or "mlp".
-        maps: statistics per map with learned functions; empty with edges="mlp".
-        hidden_variance: (hidden_features,) variance of what the down map reads, with shared edges; else None.
-    """
-
-    path: str
-    edges: str
-    maps: dict[str, ChannelStats] = field(default_factory=dict)
-    hidden_variance: Tensor | None = None
-    also_at: tuple[str, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that reached the block's learned functions."""
-        return max((stats.count for stats in self.maps.values()), default=0)
-
-
-def collect(model: nn.Module, batches: Iterable[Mapping], max_tokens: int = 16_384, progress: Callable[[str], None] | None = None) -> dict[str, LayerStats]:
-    """Runs the model over batches and gathers, per input channel of every map with learned functions, moments and a histogram.
-
-    The model runs in eval mode without gradients and is afterwards as it was: training flags, hooks, random numbers.
-    Positions with attention_mask == 0 are left out wherever the mask fits the activations.
+    The model runs in eval mode and is afterwards as it was: training and requires_grad flags, gradients, hooks, random numbers. Positions with
+    attention_mask == 0 are left out wherever the mask fits the activations. With several processes each gives its own share of the data, and all end
+    with the same statistics. Memory does not grow with the data, but for 4 bytes per token with contexts; `plan_collection` tells it beforehand.
 
     Args:
         model: any module with `KANFeedForward` blocks.
         batches: mappings of the model's inputs, moved to its device; a single mapping is one batch.
-        max_tokens: stop after this many tokens per block, >= 1.
+        max_tokens: stop after this many tokens per block, >= 1; where a backward pass is needed the batch that reaches it counts whole.
         progress: called with a line of text after each batch.
+        scores: of "std", "l1", "range", "share", "nonlinearity", "nonbase", "delta" (a forward pass) and "sens", "effect1", "effect" (a backward pass
+            too, for "effect" two), or "all"; see `scoring.edges`. With none only histograms are gathered.
+        contexts: tokens to keep per channel and slot (largest, smallest, tenths of its values), 0 for none; see `Contexts`.
+        logits: tokens to keep per residual channel and end of its direct effect on the vocabulary, 0 for none; see `logit_effect`.
+        loss: what gradients are of, see `Objective`: a function of (outputs, batch); None chooses.
+        skip_first_token: leave each sequence's first token out of everything (attention sinks would be the extremes of every channel).
+        layers: paths or numbers of the blocks to look at; None for all.
+        name: what the data are called in headers.
+        max_memory: bytes that the sums and scores may take; None means what the machine has free.
+        top: keep the first edges of each map only, by the first of effect, sens and std that is asked for. Where all blocks' sums do not fit into
+            memory at one time, the blocks are done in turns, with a pass over the batches each: these must then be a list or a loader.
+        probes: draws per sequence for the curvature in "effect", >= 1, with a backward pass each: with less than a hundred sequences more than one pays.
 
     Returns:
-        `LayerStats` per block, keyed and ordered as in `model.named_modules()`; a block used twice has one entry.
+        `ModelStats`: `LayerStats` per block, keyed and ordered as in `model.named_modules()`; a block used twice has one entry.
 
     Raises:
-        NoFeedForwardError: the model has no such block.
-        DataError: no tokens, a batch the model cannot take, or activations that are not finite (the message names the layer).
+        NoFeedForwardError: the model has no such block. ConfigError: wrong options, no such layer, more edges than memory allows (says how much).
+        DataError: no tokens, a batch the model cannot take, no loss to be made of it, or activations or gradients that are not finite (the message
+            names layer and batch).
     """
-    if max_tokens < 1:
-        raise ConfigError("collect statistics", got=f"max_tokens={max_tokens}", expected="at least 1")
-    blocks = find_blocks(model)
-    collectors = [_BlockCollector(path, block, max_tokens) for path, block in blocks.items()]
-    if any(collector.recorders for collector in collectors):
-        with _hooked(collectors) as current:
-            _run(model, batches, collectors, current, max_tokens, progress)
-    paths = all_paths(model)
-    return {collector.path: collector.finish(paths[id(collector.block)]) for collector in collectors}
+    wanted = _check(max_tokens, scores, {"contexts": contexts, "logits": logits}, {"top": 1 if top is None else top, "probes": probes})
+    blocks = choose_blocks(find_blocks(model), layers)
+    turns = plan_turns(blocks, wanted, contexts, top, max_memory)
+    if len(turns) > 1 and iter(batches) is batches:
+        raise ConfigError("collect statistics", got=f"an iterator, for {len(turns)} passes", expected="a list or a loader", hint="Pass list(batches).")
+    settings = _Settings(wanted, max_tokens, contexts, skip_first_token, top, probes, name)
+    found = ModelStats(model=type(model).__name__)
+    for turn in turns:
+        part, found.data = _collect(model, batches, turn, settings, Objective(model, loss), progress)
+        found.update(part)
+    if logits:
+        from kanformer.interpret.logits import logit_effect
+
+        same = [batches] if isinstance(batches, Mapping) else itertools.islice(batches, found.data.batches)
+        found.logits, found.logits_note = logit_effect(model, same, logits)
+    return found
 
 
-@dataclass
-class _Current:
-    """The batch that runs and the block that runs in it: a child shared by two blocks is counted for the one at work."""
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for."""
 
-    batch: dict = field(default_factory=dict)
-    block: nn.Module | None = None
+    wanted: list[str]
+    max_tokens: int
+    contexts: int
+    skip_first: bool
+    top: int | None
+    probes: int
+    name: str
 
 
-class _BlockCollector:
-    """The recorders of one block: a histogram per map with learned functions, moments of the hidden channels with shared edges."""
+def _collect(
+    model: nn.Module, batches: Iterable[Mapping], blocks: Mapping[str, KANFeedForward], settings: _Settings, objective: Objective, progress
+) -> tuple[dict[str, LayerStats], DataUsed]:
+    """One pass, for some of the blocks."""
+    wanted = settings.wanted
+    backward = bool(BACKWARD & set(wanted))
+    watches = [BlockWatch(path, block, wanted, settings.contexts, None if backward else settings.max_tokens) for path, block in blocks.items()]
+    run = Run(skip_first=settings.skip_first, gradients=backward)
+    task = _Task(model, run, watches, objective, settings.max_tokens, settings.probes if PROBE & set(wanted) else 0, progress)
+    if any(watch.counts for watch in watches):
+        with _hooked(watches, run), _frozen(model) if backward else contextlib.nullcontext(), use_backend("eager"):
+            processes.together("collect statistics", lambda: task.run(batches))
+        task.finish(settings.name, settings.skip_first)
+    stores = {key: common_store(store) for key, store in run.stores.items()} if settings.contexts else {"": (torch.empty(0), torch.empty(0), 0)}
+    paths, found = all_paths(model), {}
+    for watch in watches:
+        also_at = tuple(path for path in paths[id(watch.block)] if path != watch.path)
+        found[watch.path] = finish_block(watch, wanted, stores, max(1.0, task.data.scored), also_at, backward)
+        if settings.top is not None:
+            keep_first(found[watch.path].scores, settings.top)
+    return found, task.data
 
-    def __init__(self, path: str, block: KANFeedForward, max_tokens: int) -> None:
-        self.path, self.block, self.max_tokens = path, block, max_tokens
-        self.recorders: dict[str, ChannelRecorder | Moments] = {}
-        for name, module in block.spline_modules():
-            channels = module.channels if isinstance(module, EdgeFunctions) else module.in_features
-            self.recorders[name] = ChannelRecorder(channels, module.kan_grid.shape[0], *module.grid_bounds)
-        if block.edges == "shared":
-            self.recorders["kan_down"] = Moments(block.hidden_features)
-        self.counts = dict.fromkeys(self.recorders, 0)
 
-    def hooks(self, current: _Current) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Registers the hooks."""
+class _Task:
+    """The pass itself."""
 
-        def enter(block, args, kwargs):
-            current.block = block
+    def __init__(self, model: nn.Module, run: Run, watches: list[BlockWatch], objective: Objective, max_tokens: int, probes: int, progress) -> None:
+        self.model, self.current, self.watches, self.objective = model, run, watches, objective
+        self.max_tokens, self.probes, self.progress = max_tokens, probes, progress
+        self.loss = self.scored = 0.0
+        self.tokens = self.batches = 0
+        self.data = DataUsed()
 
-        yield self.block.register_forward_pre_hook(enter, with_kwargs=True)
-        for name in self.recorders:
+    def run(self, batches: Iterable[Mapping]) -> None:
+        self.batches = run_batches(self.model, batches, self.current.batch, self._enough, self._look, self.current.gradients)
 
-            def look(module, args, name=name):
-                if current.block is self.block:
-                    self.add(name, args[0], current.batch)
-
-            yield getattr(self.block, name).register_forward_pre_hook(look)
-
-    def add(self, name: str, x: Tensor, batch: Mapping) -> None:
-        rows = select_tokens(x.detach(), batch, self.path)[: self.max_tokens - self.counts[name]]
-        if not rows.shape[0]:
+    def _look(self, outputs: Any, inputs: dict[str, Any]) -> None:
+        """Backward, where gradients are wanted."""
+        calls = self.current.calls
+        if not self.current.gradients or not calls:
             return
-        if not bool(rows.isfinite().all()):
-            kind = "NaN" if bool(rows.isnan().any()) else "infinite values"
-            raise DataError(
-                "collect statistics",
-                subject=f"{self.path or 'model'}, input of {name}",
-                got=kind,
-                hint="Check the weights and the inputs of the layers before it.",
-            )
-        self.counts[name] += rows.shape[0]
-        self.recorders[name].add(rows)
+        measured = self.objective(outputs, inputs, probes=self.probes)
+        self.loss, self.scored = self.loss + float(measured.total.detach()), self.scored + measured.count
+        deltas = [call.delta for call in calls]
+        drawn = list(measured.probes)
+        gradients = None if measured.flat else self._gradients(measured.total, deltas, bool(drawn))
+        probes = [self._gradients(total, deltas, number + 1 < len(drawn)) for number, total in enumerate(drawn)]
+        if gradients is not None and self.probes and not drawn:
+            probes = [gradients]
+        for number, call in enumerate(calls):
+            gradient = None if gradients is None else call.located.rows(gradients[number])
+            sides = [call.located.rows(side[number]) for side in probes]
+            for side in (gradient, *sides):
+                if side is not None and not bool(side.isfinite().all()):
+                    raise DataError("collect statistics", subject=f"{call.name}, gradient", got=f"NaN or infinity in batch {self.current.number}")
+            call.edges.add(call.located.rows(call.x), call.located.rows(call.y), gradient, sides, call.located.sizes())
 
-    def finish(self, paths: list[str]) -> LayerStats:
-        maps = {name: recorder.finish() for name, recorder in self.recorders.items() if isinstance(recorder, ChannelRecorder)}
-        hidden = self.recorders.get("kan_down")
-        variance = hidden.variance.cpu() if isinstance(hidden, Moments) else None
-        return LayerStats(self.path, self.block.edges, maps, variance, tuple(path for path in paths if path != self.path))
+    def _gradients(self, total: Tensor, deltas: list[Tensor], again: bool) -> list[Tensor]:
+        if not total.requires_grad:
+            raise DataError("differentiate the loss", subject=self.objective.name, got="a loss that no block has a part in")
+        found = torch.autograd.grad(total, deltas, retain_graph=again, allow_unused=True)
+        return [torch.zeros_like(delta) if part is None else part for part, delta in zip(found, deltas, strict=True)]
+
+    def _enough(self, number: int) -> bool:
+        self.current.next_batch()
+        self.tokens = max(max(watch.counts.values(), default=0) for watch in self.watches)
+        if self.progress is not None:
+            self.progress(f"statistics: {self.tokens:,} of at most {self.max_tokens:,} tokens")
+        return self.tokens >= self.max_tokens
+
+    def finish(self, name: str, skip_first: bool) -> None:
+        """Adds up the header's numbers over all processes."""
+        sequences = sum(len(store.starts) - 1 for store in self.current.stores.values())
+        numbers = torch.tensor([self.tokens, sequences, self.batches, self.loss, self.scored], dtype=torch.float64)
+        tokens, sequences, count, loss, scored = processes.reduced(numbers).tolist()
+        if not tokens:
+            raise DataError("collect statistics", got=f"no tokens in {int(count)} batches", expected="at least one that is not padding")
+        if self.current.gradients and not scored:
+            raise DataError("collect statistics", got=f"nothing to predict in {int(count)} batches", expected="sequences of two tokens or more, or labels")
+        label = self.objective.name if self.current.gradients else ""
+        self.data = DataUsed(name, int(tokens), int(sequences), int(count), skip_first, label, loss / scored if scored else None, scored)
 
 
-def _run(model: nn.Module, batches: Iterable[Mapping], collectors: list[_BlockCollector], current: _Current, max_tokens: int, progress) -> None:
-    tokens = 0
-
-    def enough(number: int) -> bool:
-        nonlocal tokens
-        tokens = max(max(collector.counts.values(), default=0) for collector in collectors)
-        if progress is not None:
-            progress(f"statistics: {tokens:,} of at most {max_tokens:,} tokens")
-        return tokens >= max_tokens
-
-    number = run_batches(model, batches, current.batch, enough)
-    if not tokens:
-        raise DataError("collect statistics", got=f"no tokens in {number} batches", expected="at least one that is not padding")
+def _check(max_tokens: int, scores: str | Sequence[str], counts: Mapping[str, int], positive: Mapping[str, int]) -> list[str]:
+    for options, least in (({"max_tokens": max_tokens, **positive}, 1), (counts, 0)):
+        for option, value in options.items():
+            if value < least:
+                raise ConfigError("collect statistics", got=f"{option}={value}", expected=f"at least {least}")
+    wanted: list[str] = list(SCORES) if scores == "all" else [scores] if isinstance(scores, str) else list(dict.fromkeys(scores))
+    for score in wanted:
+        if score not in SCORES:
+            raise ConfigError("collect statistics", got=f"score {score!r}", hint=did_you_mean(str(score), SCORES))
+    return wanted
 
 
 @contextlib.contextmanager
-def _hooked(collectors: list[_BlockCollector]) -> Iterator[_Current]:
-    current = _Current()
+def _hooked(watches: list[BlockWatch], run: Run) -> Iterator[None]:
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
-        for collector in collectors:
-            handles.extend(collector.hooks(current))
-        yield current
+        for watch in watches:
+            handles.extend(watch.hooks(run))
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Nothing but the maps' outputs is differentiated for."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -16,7 +16,7 @@ from kanformer.errors import ConfigError
 from kanformer.interpret import words
 from kanformer.interpret.blocks import find_layer
 from kanformer.interpret.cells import Layout, Panels, make_panels, y_limits
-from kanformer.interpret.collect import LayerStats
+from kanformer.interpret.collecting.stats import LayerStats
 from kanformer.interpret.scores import MapScores, score_layer
 
 # Okabe and Ito 2008, https://jfly.uni-koeln.de/color/

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from kanformer.errors import ConfigError
-from kanformer.interpret.collect import LayerStats
+from kanformer.interpret.collecting.stats import LayerStats
 from kanformer.interpret.figures import BLUE, PURPLE, VERMILLION, message_figure
 from kanformer.interpret.scores import MapScores, score_layer
 

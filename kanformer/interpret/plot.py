@@ -13,7 +13,8 @@ from torch import nn
 
 from kanformer.errors import CheckpointError, ConfigError, did_you_mean
 from kanformer.interpret.blocks import find_layer
-from kanformer.interpret.collect import LayerStats, collect
+from kanformer.interpret.collect import collect
+from kanformer.interpret.collecting.stats import LayerStats
 from kanformer.interpret.scores import MapScores, score_layer
 
 _FORMATS = ("pdf", "png", "svg")
@@ -53,7 +54,7 @@ def plot_model(
     """
     formats = _check_options(formats, top, y)
     say = progress or (lambda line: None)
-    stats = collect(model, batches, max_tokens, progress)
+    stats = collect(model, batches, max_tokens, progress, scores=())
     scores = {}
     for number, path in enumerate(stats, 1):
         say(f"ranking functions: layer {number} of {len(stats)}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kanformer.conversion.histogram import ChannelStats
 from kanformer.errors import ConfigError, DataError
 from kanformer.interpret.blocks import find_layer
-from kanformer.interpret.collect import LayerStats
+from kanformer.interpret.collecting.stats import LayerStats
 from kanformer.interpret.curves import apply_base, plain
 from kanformer.layers import EdgeFunctions, KANFeedForward
 from kanformer.layers.kan_linear import KANLinear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 
-from kanformer.interpret.collect import LayerStats
+from kanformer.interpret.collecting.stats import LayerStats
 from kanformer.interpret.scores import MapScores
 
 

@@ -1,0 +1,1 @@
+"""One streaming pass over data, and what it leaves: dataclasses of tensors."""

@@ -1,0 +1,24 @@
+"""Rank correlation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Average ranks from 1 on, (n,) in float64."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]
+
+
+def spearman(one: Tensor, two: Tensor) -> float:
+    """Spearman's rank correlation of two (n,), ties at their average rank; NaN where one of them is constant or n < 2.
+
+    Source: Spearman 1904, as Pearson's correlation of ranks.
+    """
+    a, b = ranks(one), ranks(two)
+    a, b = a - a.mean(), b - b.mean()
+    size = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / size) if size > 0 else float("nan")
