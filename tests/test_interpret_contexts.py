@@ -287,3 +287,13 @@ def test_two_processes_are_one(processes, kind, edges):
         for name, contexts in layer.contexts.items():
             torch.testing.assert_close(one[path].contexts[name].values, contexts.values, rtol=1e-6, atol=1e-6, equal_nan=True)
             assert [r["ids"] for r in one[path].contexts[name].records(0, 0)] == [r["ids"] for r in contexts.records(0, 0)]
+
+
+def test_the_calls_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    code = (TESTS.parent / "docs" / "interpretation.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    model, original = tiny("gpt2", edges="full", grid_size=2), tiny("gpt2", edges="full", grid_size=2)
+    kanformer.unpatch_model(original)
+    exec(code.replace("k=50, random=50", "k=3, random=3"), {"kanformer": kanformer, "model": model, "original": original, "batches": texts(1)})
+    assert (tmp_path / "truth.png").stat().st_size > 1000 and (tmp_path / "stats" / "stats.json").exists()
+    assert "next token: original" in capsys.readouterr().out

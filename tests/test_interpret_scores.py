@@ -112,6 +112,22 @@ def test_the_curvature_is_the_gauss_newton_one(kind, edges):
     assert np.corrcoef(predicted.flatten().numpy(), exact.flatten().numpy())[0, 1] > 0.95
 
 
+@pytest.mark.parametrize(("kind", "groups"), [("gpt2", 4), ("bert", None)])
+def test_more_draws_come_nearer(kind, groups):
+    model, batch = tiny(kind, edges="shared", groups=groups, grid_size=2), texts(count=1, sequences=8, length=6)[0]
+    path = list(blocks_of(model))[-1]
+
+    def curvature(probes):
+        layer = kanformer.collect(model, batch, scores=("effect", "effect1"), probes=probes)[path]
+        parts = (layer.scores["kan_down"].values, layer.functions["kan_functions"].values)
+        return [part["effect"] - part["effect1"] for part in parts]
+
+    limit, one, many = curvature(600), curvature(1), curvature(60)
+    for exact, rough, fine in zip(limit, one, many, strict=True):
+        assert float((fine - exact).norm()) < 0.5 * float((rough - exact).norm())
+        assert float((fine.sum() / exact.sum()).log().abs()) < 0.3
+
+
 @torch.no_grad()
 def _gauss_newton(model, block, batch, kind):
     """1/2 d^T J^T H J d per predicted token, d = phi - E phi, of some edges of the down map."""

@@ -185,8 +185,13 @@ def _seeds(batch: Mapping[str, Any], sequences: int, draw: int) -> list[int]:
         value = batch.get(key)
         if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[0] == sequences:
             masked = isinstance(mask, Tensor) and mask.shape == value.shape[:2]
-            return [content_seed(row[keep != 0] if masked else row) + (draw << 32) for row, keep in zip(value, mask if masked else value, strict=True)]  # type: ignore[arg-type]
-    return [row + (draw << 32) for row in range(sequences)]
+            return [_mixed(content_seed(row[keep != 0] if masked else row), draw) for row, keep in zip(value, mask if masked else value, strict=True)]  # type: ignore[arg-type]
+    return [_mixed(row, draw) for row in range(sequences)]
+
+
+def _mixed(seed: int, draw: int) -> int:
+    """Another seed for each draw, within the 32 bits that a generator on the CPU reads."""
+    return (seed + draw * 0x9E3779B1) % 2**32
 
 
 def _token_count(batch: Mapping[str, Any]) -> int:

@@ -141,7 +141,7 @@ def _ordered(wanted: list[str], values: dict[str, Tensor], sums: EdgeSums, score
             whole = sums.covariance.sum(1, keepdim=True, dtype=torch.float64)
             found[score] = (sums.covariance / torch.where(whole > 0, whole, torch.inf).to(sums.covariance.dtype)).cpu()
         elif sums.slope is not None:
-            found[score] = -sums.slope.cpu() / scored
+            found[score] = 0 - sums.slope.cpu() / scored  # not -0 where the loss is flat
             if score == "effect" and sums.curvature is not None:
                 found[score] += sums.curvature.cpu() / (2 * scored)
     return found
