@@ -14,7 +14,7 @@ import transformers as tf
 import kanformer
 from kanformer.errors import ConfigError
 from kanformer.training.distribution import check_distribution, ready_to_wrap
-from kanformer.training.finetune import SummedLoss
+from kanformer.training.finetune_task import SummedLoss
 from kanformer.training.settings import LoopArguments
 from model_cases import BY_NAME, blocks
 from sharding_cases import free_port, fsdp_config, two
@@ -213,7 +213,7 @@ def test_ways_of_sharding_that_cannot_work_are_refused_before_anything_is_loaded
 
 def test_units_must_hold_the_blocks_that_run_alone_and_deepspeed_gets_its_batch_size():
     model = kanformer.patch_model(BY_NAME["llama"].build())
-    task, settings = SummedLoss(model, "causal_lm"), {"train_micro_batch_size_per_gpu": "auto"}
+    task, settings = SummedLoss(model, SimpleNamespace(loss=None)), {"train_micro_batch_size_per_gpu": "auto"}
     alone = torch.nn.ModuleList(blocks(model).values())
     with pytest.raises(ConfigError, match="fsdp_transformer_layer_cls_to_wrap.*got LlamaDecoderLayer, expected KANFeedForward among them"):
         ready_to_wrap(accelerator("FSDP", fsdp_plugin=plugin(transformer_cls_names_to_wrap=["LlamaDecoderLayer"])), alone, model, LoopArguments())

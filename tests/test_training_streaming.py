@@ -44,7 +44,7 @@ def test_a_stream_in_its_own_order_trains_as_the_table_does(tmp_path, name, task
 def test_a_packed_run_killed_without_warning_goes_on_to_the_same_bits(tmp_path):
     model, text = checkpoint(tmp_path / "llama", "llama"), table(tmp_path / "t.jsonl", ROWS)
     words = ["--model_name_or_path", model, "--train_file", text, "--save_steps", "3", *SETTINGS, *STREAMED]
-    done = python("-c", KILLED, "_optimize", "7", *words, "--output_dir", str(tmp_path / "out"))
+    done = python("-c", KILLED, "_optimize", "7", "finetune", *words, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == -9, done.stderr
     assert [step for step, _ in complete_checkpoints(tmp_path / "out")] == [3, 6]
     main(["finetune", *words, "--output_dir", str(tmp_path / "out"), "--resume"])
@@ -70,7 +70,7 @@ def test_two_processes_read_each_text_once_and_are_killed_and_resumed_to_the_sam
     assert len(found) == len({tuple(example) for example in found}) == 32  # 36 texts, 4 of them held out
     for mine, theirs in zip(curve(tmp_path / "one"), curve(tmp_path / "straight"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
-    killed = launch(KILLED, "_optimize", "5", *words, "--output_dir", str(tmp_path / "out"))
+    killed = launch(KILLED, "_optimize", "5", "finetune", *words, "--output_dir", str(tmp_path / "out"))
     assert killed.returncode != 0 and [step for step, _ in complete_checkpoints(tmp_path / "out")] == [2, 4]
     resumed = launch(READ, str(tmp_path / "again"), *words, "--output_dir", str(tmp_path / "out"), "--resume")
     assert resumed.returncode == 0, resumed.stderr

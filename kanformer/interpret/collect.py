@@ -24,6 +24,7 @@ from kanformer.interpret.scoring.edges import BACKWARD, PROBE, SCORES
 from kanformer.interpret.scoring.table import keep_first
 from kanformer.layers import KANFeedForward
 from kanformer.ops import use_backend
+from kanformer.ops.spread import is_sharded
 
 __all__ = ["LayerStats", "ModelStats", "collect"]
 
@@ -80,6 +81,7 @@ def collect(
     """
     wanted = _check(max_tokens, scores, {"contexts": contexts, "logits": logits}, {"top": 1 if top is None else top, "probes": probes})
     blocks = choose_blocks(find_blocks(model), layers)
+    _check_whole(blocks, wanted)
     turns = plan_turns(blocks, wanted, contexts, top, max_memory)
     if len(turns) > 1 and iter(batches) is batches:
         raise ConfigError("collect statistics", got=f"an iterator, for {len(turns)} passes", expected="a list or a loader", hint="Pass list(batches).")
@@ -94,6 +96,19 @@ def collect(
         same = [batches] if isinstance(batches, Mapping) else itertools.islice(batches, found.data.batches)
         found.logits, found.logits_note = logit_effect(model, same, logits)
     return found
+
+
+def _check_whole(blocks: Mapping[str, KANFeedForward], wanted: list[str]) -> None:
+    """Refuses sums per edge of weights that are spread over processes."""
+    spread = next((path for path, block in blocks.items() if any(map(is_sharded, block.parameters()))), None)
+    asked = sorted({"share", *BACKWARD} & set(wanted))
+    if spread is not None and asked:
+        raise ConfigError(
+            "collect statistics",
+            subject=f"{spread}, scores {', '.join(asked)}",
+            got="sharded parameters (FSDP2)",
+            hint="Collect before sharding, from the saved model, or with the other scores.",
+        )
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from kanformer.surgery.replacing.apply import relative_path
 from kanformer.training.data import Stream, first_texts, open_texts, pad_token, text_examples, tokenize
 from kanformer.training.distill_task import DistillTask
 from kanformer.training.distiller import Distiller, hidden_states
+from kanformer.training.distribution import shards
 from kanformer.training.dry_run import dry_run
 from kanformer.training.loop import Trainer
 from kanformer.training.models import check_causal, check_mask_token, is_expert, load_patched, teacher_sites
 from kanformer.training.objective import Objective, resolve
 from kanformer.training.settings import DistillArguments
-from kanformer.training.sharing import share
+from kanformer.training.sharing import part, share
 from kanformer.training.start import start_run
 from kanformer.training.teacher_states import TeacherStates, write_teacher_states
 
@@ -48,6 +49,8 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     _check_text(objective, teacher, tokenizer, arguments.teacher_name_or_path)
     sites, blocks = _pairs(teacher, student, objective)
     share(student, teacher, str(arguments.train_rest))
+    if shards(accelerator):
+        part(student, teacher)
     student.to(accelerator.device)
     teacher.to(accelerator.device)
     distiller = Distiller(teacher, student, sites, blocks, objective).to(accelerator.device)

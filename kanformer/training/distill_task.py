@@ -106,7 +106,7 @@ class DistillTask(Task):
             seen = self.distiller.teacher_pass(batch, bool(blocks), objective.logits)
             for block, kan, (x, target) in zip(blocks, self.distiller.blocks, seen.pairs, strict=True):
                 block.add(kan(x), target)
-            own = self.distiller.student_pass(batch) if objective.free else Seen([], (), None)
+            own = self.distiller(batch, student_only=True) if objective.free else Seen([], (), None)
             if own.logits is not None:
                 check_vocabularies(own.logits, seen.logits)
                 _add_predictions(language, own.logits, labels, cast(Tensor, seen.logits))

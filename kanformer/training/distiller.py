@@ -74,12 +74,15 @@ class Distiller(nn.Module):
         """One pass of the student, end to end."""
         return Seen([], *run_model(self._models[1], batch, self.objective.states, self.objective.logits))
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Tensor], student_only: bool = False) -> Any:
         """(weighted sum of the losses, each of them), summed over tokens, see `Objective`.
 
         Args:
             batch: model inputs; `labels` of masked tokens; and `teacher_states` (unmasked tokens, layers, d) where they need not be computed.
+            student_only: return `student_pass(batch)` instead: a sharded student can be run only from here, where its weights are gathered.
         """
+        if student_only:
+            return self.student_pass(batch)
         objective, batch = self.objective, dict(batch)
         stored, labels = batch.pop("teacher_states", None), batch.pop("labels", None)
         seen = Seen([], (), None)

@@ -84,6 +84,11 @@ def check_same_start(module: nn.Module) -> None:
         )
 
 
+def shards(accelerator: Any) -> bool:
+    """Whether parameters are spread over processes: FSDP or DeepSpeed."""
+    return _kind(accelerator) in ("FSDP", "DEEPSPEED")
+
+
 def is_deepspeed(accelerator: Any) -> bool:
     """Whether DeepSpeed takes the steps, clips the gradients and keeps the optimizer's state."""
     return _kind(accelerator) == "DEEPSPEED"

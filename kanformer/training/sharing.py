@@ -67,6 +67,16 @@ def share(student: nn.Module, teacher: nn.Module, rest: str) -> None:
         own.requires_grad_(id(value) in trained)
 
 
+def part(student: nn.Module, teacher: nn.Module) -> None:
+    """Gives the student tensors of its own for all that it shares with the teacher: sharding a model takes its parameters away from others."""
+    theirs, copies = {id(parameter) for parameter in teacher.parameters()}, {}
+    for module in student.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in theirs:
+                own = copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+                module._parameters[name] = own
+
+
 def shared_bytes(student: nn.Module, teacher: nn.Module) -> tuple[int, int]:
     """(bytes of the student's parameters that are the teacher's, bytes of all its parameters)."""
     theirs = {id(parameter) for parameter in teacher.parameters()}

@@ -99,6 +99,9 @@ class EdgeSums:
     def finish(self) -> None:
         """Moves the origin to the means of all processes' data and adds what these saw."""
         rows = processes.reduced(torch.tensor(float(self.rows)))
+        if not self.tables:
+            self.rows = int(rows)
+            return
         origin = torch.zeros_like(self._planes) if self._origin is None else self._origin
         total = max(1.0, float(rows))
         moved = processes.reduced(self._planes + self.rows * origin) / total - origin

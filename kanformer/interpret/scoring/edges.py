@@ -24,6 +24,7 @@ from kanformer.interpret.collecting.stats import HiddenStats, OutputStats
 from kanformer.interpret.scoring.table import Scores
 from kanformer.layers import EdgeFunctions
 from kanformer.layers.kan_linear import KANLinear
+from kanformer.ops.spread import whole
 
 SCORES = ("std", "l1", "range", "share", "sens", "effect1", "effect", "nonlinearity", "nonbase", "delta")
 DESCRIPTIONS = {
@@ -66,7 +67,7 @@ def shared_scores(
 ) -> Scores:
     """Of all edges W[o, i] h_i of a down map behind shared functions, (out, hidden) each; `channel`: `channel_scores` of psi."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    size = weight.detach().double().cpu().abs()
+    size = whole(weight.detach()).double().cpu().abs()
     deviation, gap = hidden.variance.sqrt(), hidden.maximum - hidden.minimum
     found = {"std": size * deviation, "l1": size * hidden.absolute, "range": size * gap}
     if "sens" in wanted:
@@ -124,7 +125,7 @@ def function_scores(
 
 def channel_scores(module: EdgeFunctions, moments: Tensor, groups: Tensor) -> dict[str, Tensor]:
     """std, nonlinearity, nonbase and (not over anything) delta of psi on data with these moments, (n,) each; `groups` (n,) says which function."""
-    coef = module.kan_coef.detach().double().cpu()[groups]
+    coef = whole(module.kan_coef.detach()).double().cpu()[groups]
     vectors = torch.cat([torch.ones(len(groups), 1, dtype=torch.float64), coef], 1).unsqueeze(1)
     one = torch.ones(1, dtype=torch.float64)
     found = _by_moments(vectors, moments, OutputStats(0, one, one, one))
@@ -154,7 +155,7 @@ def _chunks(inputs: int, numbers_each: int) -> Iterator[slice]:
 
 def _vectors(module: KANLinear, columns: slice) -> Tensor:
     """The factors of (b, B[0], ...) of all edges from these inputs, (inputs, out, 1 + n_basis) in float64 on the CPU."""
-    base, coef = module.kan_base_weight.detach()[:, columns], module.kan_coef.detach()[:, :, columns]
+    base, coef = whole(module.kan_base_weight.detach())[:, columns], whole(module.kan_coef.detach())[:, :, columns]
     return torch.cat([base.unsqueeze(1), coef], 1).double().cpu().permute(2, 0, 1)
 
 

@@ -75,14 +75,14 @@ def read_files(files: str | Sequence[str], streaming: bool = False) -> Source:
     return Source(name, _load("read the text", name, lambda: datasets.load_dataset(kind, data_files=paths, split="train", streaming=streaming)))
 
 
-def find_files(files: str | Sequence[str]) -> list[str]:
+def find_files(files: str | Path | Sequence[str]) -> list[str]:
     """The paths that are meant, in the given order; those of a glob sorted.
 
     Raises:
         DataError: one that is not there, a folder, or a glob that finds nothing.
     """
     found: list[str] = []
-    for name in [files] if isinstance(files, str) else files:
+    for name in [str(files)] if isinstance(files, str | Path) else files:
         matches = [name] if Path(name).exists() else sorted(path for path in glob.glob(str(name), recursive=True) if Path(path).is_file())
         if not matches:
             raise DataError("read the text", subject=name, got="No such file or directory")
