@@ -48,6 +48,16 @@ def test_the_calls_for_grids_and_penalties_run(recwarn):
     assert functions.basis.grid_size == 16 and functions.kan_coef.grad is not None
 
 
+def test_the_calls_for_scores_and_formulas_run(capsys):
+    pytest.importorskip("sympy")
+    config = tf.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model, ids = kanformer.patch_model(tf.LlamaForCausalLM(config)).eval(), torch.randint(0, 50, (8, 9))
+    values = {"kanformer": kanformer, "model": model, "batches": [{"input_ids": ids, "labels": ids}], "path": "model.layers.0.mlp"}
+    exec(_block("interpretation"), values)
+    assert "silu" in capsys.readouterr().out and values["snapped"].model is not model
+
+
 def test_the_calls_for_saving_and_loading_run(tmp_path, monkeypatch):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
