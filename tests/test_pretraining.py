@@ -17,11 +17,11 @@ import transformers as tf
 from scipy import stats
 
 from kanformer.errors import ConfigError, DataError, KanformerError
+from kanformer.experiments.intervals import mean_interval
 from kanformer.layers import KANFeedForward
 from kanformer.pretraining import grid as grid_module
 from kanformer.pretraining.arms import ARMS as ALL_ARMS
 from kanformer.pretraining.grid import pretrain
-from kanformer.pretraining.intervals import mean_interval, t_quantile
 from kanformer.pretraining.report import put_in_page
 from kanformer.pretraining.settings import PretrainArguments
 from kanformer.pretraining.timing import ratios, step_clock
@@ -337,12 +337,6 @@ def test_bad_input_is_refused_before_anything_runs(tmp_path, here, changes, erro
         pretrain(settings(tmp_path, **changes))
     assert isinstance(caught.value, KanformerError) and here == []
     assert not list(tmp_path.rglob("run.json"))
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 30, 200])
-@pytest.mark.parametrize("probability", [0.6, 0.975, 0.999])
-def test_quantiles_of_t_against_scipy(probability, degrees):
-    assert t_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), rel=1e-9)
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [1.7, 1.71, 1.69, 1.75], [3.0, 3.0, 3.0]])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from kanformer.errors import ConfigError, KanformerError
+from kanformer.experiments.alone import alone
 from kanformer.pretraining.outcomes import begin, forget_failures, outcome, wanted_runs, write_failure
 from kanformer.pretraining.plan import Plan
 from kanformer.pretraining.report import write_report
@@ -42,7 +42,7 @@ def pretrain(arguments: PretrainArguments) -> list[dict[str, Any]]:
     plan = Plan(arguments, folder, len(corpus.tokenizer), digest(arguments))
     if arguments.report_only:
         return write_report(_with_times(plan, _read_times(folder), required=False))
-    with _alone(folder):
+    with alone(folder, "grid"):
         forget_failures(folder)
         workers = [Worker(arguments.threads) for _ in range(arguments.workers)]
         try:
@@ -53,24 +53,6 @@ def pretrain(arguments: PretrainArguments) -> list[dict[str, Any]]:
             for worker in workers:
                 worker.stop()
     return write_report(plan)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two grids in one folder would write over each other.
-
-    Raises:
-        ConfigError: there is another one at work.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError("start the grid", subject=folder, got="a folder in which another grid is at work", hint="Wait for it, or end it.") from error
-        yield
 
 
 def _with_times(plan: Plan, times: dict[str, Any], required: bool) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kanformer.pretraining.intervals import mean_interval
+from kanformer.experiments.intervals import mean_interval
 from kanformer.pretraining.outcomes import Outcome, best_rate, edge, outcome
 from kanformer.pretraining.plan import Entry, Plan
 

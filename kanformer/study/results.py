@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kanformer.errors import ConfigError
+from kanformer.experiments.intervals import mean_interval
 from kanformer.study.one import RESULT
 from kanformer.surgery.folders import reason
 
@@ -41,13 +41,7 @@ class Interval:
 
     @property
     def half(self) -> float | None:
-        n = len(self.values)
-        if n < 2:
-            return None
-        from scipy.stats import t
-
-        deviation = math.sqrt(sum((value - self.mean) ** 2 for value in self.values) / (n - 1))
-        return float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+        return mean_interval(self.values)[1]
 
     def text(self, spec: str) -> str:
         return f"{self.mean:{spec}}" + ("" if self.half is None else f" ± {self.half:{spec}}")

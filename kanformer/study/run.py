@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kanformer.errors import ConfigError, KanformerError
+from kanformer.experiments.alone import alone
 from kanformer.study.methods import summary
 from kanformer.study.one import RESULT, RUN
 from kanformer.study.plan import PLACES, Plan, Run, make_plan
@@ -46,7 +46,7 @@ def study(arguments: StudyArguments) -> None:
     if arguments.dry_run:
         return
     check_writable(out)
-    with _alone(out):
+    with alone(out, "study"):
         _Study(plan, arguments, out).run()
 
 
@@ -168,20 +168,6 @@ def _differences(known: dict[str, Any], wanted: dict[str, Any], changed: list[st
                 yield from (f"{name}: {before.get(name)} then, {after.get(name)} now" for name in {*before, *after} if before.get(name) != after.get(name))
         else:
             yield f"{key}: {old} then, {new} now"
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder, so that two studies do not write into it at the same time; a killed one holds nothing."""
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError("study", subject=f"output_dir={out}", got="a folder in which another study is at work", hint="Wait for it.") from error
-        yield
 
 
 def main(argv: Sequence[str] | None = None) -> None:

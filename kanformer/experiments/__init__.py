@@ -1,0 +1,1 @@
+"""What grids of runs have in common: intervals over seeds, and one grid per folder."""
