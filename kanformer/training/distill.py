@@ -49,7 +49,7 @@ def distill(arguments: DistillArguments) -> dict[str, Any]:
     _check_text(objective, teacher, tokenizer, arguments.teacher_name_or_path)
     sites, blocks = _pairs(teacher, student, objective)
     share(student, teacher, str(arguments.train_rest))
-    if shards(accelerator):
+    if shards(accelerator) and objective.free:  # else only blocks are sharded, which are the student's own
         part(student, teacher)
     student.to(accelerator.device)
     teacher.to(accelerator.device)
