@@ -31,6 +31,7 @@ class PretrainTask(Task):
     Measures `loss` (mean cross-entropy per token, nats) and `bits_per_byte` (the summed -log2 p over the UTF-8 bytes of the predicted tokens).
     """
 
+    examples: int
     metrics = ("loss", "bits_per_byte")
 
     def __init__(self, model: nn.Module, corpus: Corpus, length: int, eval_blocks: int, eval_batch_size: int) -> None:
