@@ -39,7 +39,7 @@ def numbers(arguments) -> dict:
 
 
 def test_a_study_that_is_killed_goes_on_to_the_numbers_of_one_that_is_not(tmp_path, capsys):
-    slow = {**DISTILL, "max_steps": 60, "save_steps": 5}
+    slow = {**DISTILL, "max_steps": 30, "save_steps": 5}
     arguments = settings(tmp_path, methods=["kan"], seeds=1, workers=1, distill=slow, max_eval_samples=8)
     (tmp_path / "study.yaml").write_text(to_yaml(arguments))
     run = tmp_path / "study" / "runs" / "kan-r0.5-s0"
@@ -55,7 +55,7 @@ def test_a_study_that_is_killed_goes_on_to_the_numbers_of_one_that_is_not(tmp_pa
     assert not (run / "result.json").exists()
     main(["study", "--config", str(tmp_path / "study.yaml"), "--docs_dir", str(tmp_path / "docs")])
     assert "0 of 1 runs are finished" in capsys.readouterr().out
-    assert results(arguments)["kan-r0.5-s0"]["stages"][0]["steps_this_run"] < 60
+    assert results(arguments)["kan-r0.5-s0"]["stages"][0]["steps_this_run"] < 30
     straight = dataclasses.replace(arguments, output_dir=str(tmp_path / "straight"))
     (tmp_path / "straight.yaml").write_text(to_yaml(straight))
     main(["study", "--config", str(tmp_path / "straight.yaml")])

@@ -107,7 +107,8 @@ def test_a_fresh_process_loads_the_same_bits(tmp_path):
     done.save_pretrained(tmp_path)
     torch.save({"inputs": case.inputs(), "logits": case.logits(done)}, tmp_path / "wanted.pt")
     code = (
-        "import sys, torch, kanformer, transformers as tf; folder = sys.argv[1]; wanted = torch.load(folder + '/wanted.pt', weights_only=True);"
+        "import sys, torch, kanformer, transformers as tf; torch.set_num_threads(1); folder = sys.argv[1];"
+        "wanted = torch.load(folder + '/wanted.pt', weights_only=True);"
         f"model = tf.{case.auto_class}.from_pretrained(folder).eval(); found = model(**wanted['inputs'])[0];"
         "print(torch.equal(found, wanted['logits']))"
     )
