@@ -10,6 +10,7 @@ from torch import nn
 
 from kanformer.errors import NoFeedForwardError
 from kanformer.layers import KANFeedForward
+from kanformer.layers.formulas import formulas_out
 from kanformer.layers.grids import GridModule
 
 
@@ -33,15 +34,11 @@ def without_functions(model: nn.Module) -> Iterator[None]:
             "switch the functions off", subject=type(model).__name__, got="no learned functions", hint="Patch it first: kanformer.patch_model(model)."
         )
     kept = [(coef, coef.data) for coef in dict.fromkeys(module.kan_coef for module in modules)]
-    formulas = [(module, module.kan_formulas) for module in modules]
     try:
         for coef, data in kept:
             coef.data = torch.zeros_like(data)
-        for module, _ in formulas:
-            module.kan_formulas = None
-        yield
+        with formulas_out(modules):
+            yield
     finally:
         for coef, data in kept:
             coef.data = data
-        for module, held in formulas:
-            module.kan_formulas = held

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from kanformer.errors import ConfigError, ShapeError
 from kanformer.layers.formula_functions import formula_function
 from kanformer.ops.reference import work_dtype
+
+if TYPE_CHECKING:
+    from kanformer.layers.grids import GridModule
 
 NUMBERS = ("a", "t", "c", "e", "d")
 _STRAIGHT = ("const", "x")  # all in e and d
@@ -154,3 +158,16 @@ def make_formulas(index: Tensor, numbers: Tensor, family: Tensor, names: Sequenc
     made.kan_index.copy_(index[order])
     made.kan_numbers.copy_(numbers[order].t())
     return made
+
+
+@contextlib.contextmanager
+def formulas_out(modules: Iterable[GridModule]) -> Iterator[None]:
+    """Learned functions everywhere instead of their formulas, for a while."""
+    held = [(module, module.kan_formulas) for module in modules]
+    try:
+        for module, _ in held:
+            module.kan_formulas = None
+        yield
+    finally:
+        for module, formulas in held:
+            module.kan_formulas = formulas

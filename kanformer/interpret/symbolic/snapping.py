@@ -16,7 +16,7 @@ from kanformer.errors import ConfigError, DataError, ShapeError, SurgeryError
 from kanformer.interpret.blocks import find_blocks
 from kanformer.interpret.symbolic.fits import MapFits, SymbolicFits
 from kanformer.interpret.symbolic.losses import Loss, Measure
-from kanformer.layers.formulas import make_formulas
+from kanformer.layers.formulas import formulas_out, make_formulas
 from kanformer.layers.grids import GridModule
 from kanformer.surgery.snapped import record_formulas, rows_of
 from kanformer.surgery.tables import table
@@ -173,14 +173,8 @@ class _Plan:
     @contextlib.contextmanager
     def out(self) -> Iterator[None]:
         """Splines everywhere, for a while."""
-        held = [(module, module.kan_formulas) for module, _ in self.pairs]
-        try:
-            for module, _ in held:
-                module.kan_formulas = None
+        with formulas_out(module for module, _ in self.pairs):
             yield
-        finally:
-            for module, formulas in held:
-                module.kan_formulas = formulas
 
 
 def _factors(one: MapFits, sensitivity: Mapping[str, Mapping[str, Tensor]]) -> Tensor:

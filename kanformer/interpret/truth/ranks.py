@@ -8,9 +8,9 @@ from torch import Tensor
 
 def ranks(values: Tensor) -> Tensor:
     """Average ranks from 1 on, (n,) in float64."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    from scipy.stats import rankdata
+
+    return torch.from_numpy(rankdata(values.double().cpu().numpy()))
 
 
 def spearman(one: Tensor, two: Tensor) -> float:
