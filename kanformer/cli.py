@@ -32,13 +32,17 @@ _COMMANDS = {
     ),
     "patch": Command(
         "replace a model's feed-forward blocks and save it",
-        "kanformer.commands:PatchArguments",
-        "kanformer.commands:patch",
+        "kanformer.commands.patch:PatchArguments",
+        "kanformer.commands.patch:patch",
         "kanformer patch gpt2 --out gpt2-kan",
         "model",
     ),
     "compare": Command(
-        "count a patched model against its MLPs", "kanformer.commands:CompareArguments", "kanformer.commands:compare", "kanformer compare gpt2-kan", "model"
+        "count a patched model against its MLPs",
+        "kanformer.commands.compare:CompareArguments",
+        "kanformer.commands.compare:compare",
+        "kanformer compare gpt2-kan",
+        "model",
     ),
     "distill": Command(
         "train patched blocks against the original's",
@@ -72,15 +76,15 @@ _COMMANDS = {
     ),
     "plot": Command(
         "draw the learned functions of every layer",
-        "kanformer.commands:PlotArguments",
-        "kanformer.commands:plot",
+        "kanformer.commands.plot:PlotArguments",
+        "kanformer.commands.plot:plot",
         "kanformer plot gpt2-kan --out figures --text text.txt",
         "model",
     ),
     "symbolic": Command(
         "find formulas for the learned functions, and put them in their place",
-        "kanformer.commands:SymbolicArguments",
-        "kanformer.commands:symbolic",
+        "kanformer.commands.symbolic:SymbolicArguments",
+        "kanformer.commands.symbolic:symbolic",
         "kanformer symbolic gpt2-kan --text text.txt --out formulas --snap --loss_budget 0.01",
         "model",
     ),

@@ -1,0 +1,1 @@
+"""The short commands, a file each: its settings and its work."""
