@@ -19,6 +19,7 @@ _PUBLIC = {
     "SharedKANLinear": "kanformer.layers",
     "KANFeedForward": "kanformer.layers",
     "FFNSpec": "kanformer.surgery.finding.spec",
+    "KAN": "kanformer.network",
     "discover": "kanformer.surgery.tracing.discovery",
     "plan_surgery": "kanformer.surgery.planning.plan",
     "patch_model": "kanformer.surgery.replacing.apply",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from kanformer.interpret import collect, plot_layer, plot_model
     from kanformer.interpret.symbolic import fit_symbolic, register_function, snap, unregister_function, unsnap
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
+    from kanformer.network import KAN
     from kanformer.ops import use_backend
     from kanformer.surgery.calibrating.calibrate import calibrate
     from kanformer.surgery.calibrating.files import load_calibration
