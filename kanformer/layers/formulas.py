@@ -31,6 +31,7 @@ class Formulas(nn.Module):
             (f is x^3), or the name of a `formula_function`.
         width: numbers that name a function: 1 (its group, shared edges) or 2 (input and output, full edges).
         trainable: whether a, t, c, e, d are parameters; else they are buffers.
+        dtype: of the numbers, float32 or float64.
 
     State: `kan_index` (n, width) int64, `kan_numbers` (5, n): a, t, c, e, d, kept in float32 when the model is cast to less.
     """
@@ -38,7 +39,7 @@ class Formulas(nn.Module):
     kan_index: Tensor
     kan_numbers: Tensor
 
-    def __init__(self, families: Mapping[str, int], width: int, *, trainable: bool = False, device=None) -> None:
+    def __init__(self, families: Mapping[str, int], width: int, *, trainable: bool = False, device=None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         for name, count in families.items():
             if name not in _STRAIGHT and (function := _FUNCTION.get(name, name)) is not None:
@@ -49,7 +50,7 @@ class Formulas(nn.Module):
         self.width, self.trainable = width, trainable
         count = sum(families.values())
         self.register_buffer("kan_index", torch.zeros(count, width, dtype=torch.int64, device=device))
-        numbers = torch.zeros(len(NUMBERS), count, dtype=torch.float32, device=device)
+        numbers = torch.zeros(len(NUMBERS), count, dtype=dtype, device=device)
         if trainable:
             self.kan_numbers = nn.Parameter(numbers)
         else:
@@ -149,12 +150,14 @@ def _split(part: slice) -> list[slice]:
 
 
 @torch.no_grad()
-def make_formulas(index: Tensor, numbers: Tensor, family: Tensor, names: Sequence[str], *, trainable: bool = False, device=None) -> Formulas:
+def make_formulas(
+    index: Tensor, numbers: Tensor, family: Tensor, names: Sequence[str], *, trainable: bool = False, device=None, dtype: torch.dtype = torch.float32
+) -> Formulas:
     """The formulas that stand at `index` (n, width) with `numbers` (n, 5), each of the family `names[family]`."""
     alphabetic = torch.tensor([sorted(names).index(name) for name in names])
     order = alphabetic[family].argsort(stable=True)
     counts = {names[code]: count for code, count in enumerate(torch.bincount(family, minlength=len(names)).tolist()) if count}
-    made = Formulas(counts, index.shape[1], trainable=trainable, device=device)
+    made = Formulas(counts, index.shape[1], trainable=trainable, device=device, dtype=dtype)
     made.kan_index.copy_(index[order])
     made.kan_numbers.copy_(numbers[order].t())
     return made

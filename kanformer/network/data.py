@@ -67,3 +67,17 @@ def _tensor(values: Any, like: Tensor, what: str, whole: bool = False) -> Tensor
     if found.is_complex():
         raise DataError("fit a KAN", subject=what, got=str(found.dtype), expected="real numbers")
     return found.detach().to(device=like.device, dtype=torch.long if whole else like.dtype)
+
+
+def inputs_for(network: KAN, X: Any, action: str) -> Tensor:
+    """Checked samples without targets, (n, inputs).
+
+    Raises:
+        ShapeError, DataError: see `samples_for`.
+    """
+    x = _tensor(X, network.maps[0].kan_coef, "X")
+    if x.dim() != 2 or x.shape[1] != network.in_features:
+        raise ShapeError(action, got=f"X of shape {tuple(x.shape)}", expected=f"(n, {network.in_features}), as width={network.width} says")
+    if len(x) < 2 or not bool(x.isfinite().all()):
+        raise DataError(action, got=f"{len(x)} samples, not all finite" if len(x) > 1 else f"{len(x)} samples", expected="at least 2, all finite")
+    return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from kanformer.layers.regrid import GridReport
 from kanformer.network.widths import Level, read_widths
 
 if TYPE_CHECKING:
+    from kanformer.network.formulas import NetworkFits
     from kanformer.network.history import History
 
 
@@ -145,6 +146,43 @@ class KAN(nn.Module):
         reports = [plan.apply() for plan in plans]
         self.settings["grid_size"] = grid_size
         return reports
+
+    def symbolic(self, X, *, library: Iterable[str] | None = None, **tolerances: float) -> NetworkFits:
+        """Finds a formula for every edge, on the samples X (n, inputs), or says that there is none. Changes nothing.
+
+        Args:
+            library: names of families, see `kanformer.fit_symbolic`; None: all.
+            tolerances: tol_node, r2_min, tie, negligible, likewise; node deviations are measured.
+        """
+        from kanformer.network.formulas import fit_formulas
+
+        return fit_formulas(self, X, library=library, **tolerances)
+
+    def snap(self, fits: NetworkFits, *, trainable: bool = True) -> int:
+        """Puts all accepted formulas in the place of their edges; returns how many. With `trainable`, `fit` trains their numbers on.
+
+        Raises:
+            ConfigError: fits of another network. SurgeryError: formulas are there already.
+        """
+        from kanformer.network.formulas import put_in
+
+        return put_in(self, fits, trainable=trainable)
+
+    def unsnap(self) -> None:
+        """Takes all formulas out: the functions are those from before `snap`."""
+        for map in self.maps:
+            map.kan_formulas = None
+
+    def formula(self, X, *, names: Sequence[str] | None = None, tolerance: float = 1e-3, simplify: bool = True) -> list[Any]:
+        """A sympy expression per output of a network whose edges are all formulas, rounded to as few digits and simplified as far as
+        it agrees with the network on X, samples that no training saw: rms difference over the output's deviation at most `tolerance`.
+
+        Raises:
+            ConfigError: edges without a formula, which are named.
+        """
+        from kanformer.network.formulas import formula
+
+        return formula(self, X, names=names, tolerance=tolerance, simplify=simplify)
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, both or none; `KAN.load(folder)` gives the network back, bit for bit."""

@@ -111,11 +111,16 @@ def fit_symbolic(
     return SymbolicFits(found)
 
 
-def fit_module(module: EdgeFunctions | KANLinear, seen: ChannelStats, *, library: Iterable[str] | None = None, **tolerances: float) -> MapFits:
-    """Fits all functions of one module, with the statistics of its inputs; see `fit_symbolic`. The nodes' deviations come from the edges' variances."""
+def fit_module(
+    module: EdgeFunctions | KANLinear, seen: ChannelStats, *, library: Iterable[str] | None = None, node_std: Tensor | None = None, **tolerances: float
+) -> MapFits:
+    """Fits all functions of one module, with the statistics of its inputs; see `fit_symbolic`.
+
+    Without `node_std` (out,) the nodes' deviations come from the edges' variances.
+    """
     points = make_points(module, seen, type(module).__name__)
     chosen = every(module)
-    scale = node_scale(None, None, "", module, points, None)
+    scale = node_scale(None, None, "", module, points, node_std)
     return fit_map(module, points, chosen, choose(library), Tolerances(**tolerances), scale, where=type(module).__name__, tokens=seen.count)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from kanformer.errors import ConfigError
 from kanformer.interpret.symbolic.fits import OUTCOMES, UNSNAPPABLE, MapFits
 from kanformer.interpret.symbolic.library import families
-from kanformer.interpret.symbolic.targets import HEADERS, source, symbolic
+from kanformer.interpret.symbolic.targets import HEADERS, base_label, source, symbolic
+from kanformer.layers import EdgeFunctions
 from kanformer.layers.base_functions import NAMES, base_function
 from kanformer.layers.formula_functions import BUILT_IN, formula_function
+from kanformer.layers.kan_linear import KANLinear
 
 _PARTS = ("a", "t", "c", "e", "d")
 _ROUND_NUMBERS = (0.0, 1.0, -1.0, 0.5, -0.5, 2.0, -2.0, math.pi, -math.pi)
@@ -162,6 +164,18 @@ def formula_of(fits: MapFits, place: int, nice: bool = False) -> Formula:
         condition=float(fits.condition[place]),
     )
     return _shortened(made, fits, place) if nice else made
+
+
+def formula_of_row(module: EdgeFunctions | KANLinear, place: int) -> Formula:
+    """The formula that stands in a snapped module at `place` of its index; its range is the grid's."""
+    formulas = module.kan_formulas
+    if formulas is None:
+        raise ConfigError("read a formula", subject=type(module).__name__, got="a module without formulas", hint="Snap it first.")
+    name = next(name for name, part in formulas.parts() if part.start <= place < part.stop)
+    function = base_label(module.base) if name in ("base", "base_x") else families()[name].function or ""
+    numbers = dict(zip(_PARTS, formulas.kan_numbers[:, place].tolist(), strict=True))
+    low, high = (float(bound[int(formulas.kan_index[place, 0])]) for bound in module.grid_bounds)
+    return Formula(name, function, **numbers, low=low, high=high)
 
 
 def _shortened(formula: Formula, fits: MapFits, place: int) -> Formula:
