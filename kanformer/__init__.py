@@ -43,6 +43,8 @@ _PUBLIC = {
     "plot_layer": "kanformer.interpret",
     "plot_model": "kanformer.interpret",
     "fit_symbolic": "kanformer.interpret.symbolic",
+    "prune": "kanformer.interpret.pruning",
+    "prune_curve": "kanformer.interpret.pruning",
     "snap": "kanformer.interpret.symbolic",
     "unsnap": "kanformer.interpret.symbolic",
     "register_function": "kanformer.interpret.symbolic",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from kanformer.conversion.regularize import regularize
     from kanformer.errors import KanformerError
     from kanformer.interpret import collect, plot_layer, plot_model
+    from kanformer.interpret.pruning import prune, prune_curve
     from kanformer.interpret.symbolic import fit_symbolic, register_function, snap, unregister_function, unsnap
     from kanformer.layers import KANFeedForward, KANLinear, SharedKANLinear
     from kanformer.network import KAN

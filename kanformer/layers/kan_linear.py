@@ -11,6 +11,7 @@ from kanformer.bases import make_basis
 from kanformer.layers.base_functions import BaseFunction, base_function, has_parameters
 from kanformer.layers.grids import GridModule, check_input, check_sizes
 from kanformer.layers.initialization import preserve_variance_
+from kanformer.layers.masks import live
 from kanformer.ops import full_edges, kan_linear
 
 _NOISE_SHARE = 0.01  # of the variance of a fresh map
@@ -27,9 +28,11 @@ class KANLinear(GridModule):
 
     Shapes: input (..., in_features), output (..., out_features), in the input's dtype.
     State: `kan_base_weight` (out, in), `kan_coef` (out, n_basis, in), `kan_bias` (out,), `kan_grid` (in, points),
-        and `kan_inner` (in, n_inner) for a basis with inner numbers.
+        and `kan_inner` (in, n_inner) for a basis with inner numbers; where edges were taken out, `kan_mask` (out, in), bool: which are alive.
     Source: arXiv 2404.19756, equations 2.10-2.11, the scale w_s folded into the coefficients.
     """
+
+    kan_mask: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class KANLinear(GridModule):
         self.kan_coef = nn.Parameter(torch.empty(out_features, self.basis.n_basis, in_features, **factory))
         self.kan_bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
         self.base = base_function(base)
+        self.register_buffer("kan_mask", None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -68,12 +72,14 @@ class KANLinear(GridModule):
 
     def forward(self, x: Tensor) -> Tensor:
         check_input(self, x, self.in_features)
+        mask = self.kan_mask
+        weight, coef = live(self.kan_base_weight, mask), live(self.kan_coef, None if mask is None else mask.unsqueeze(1))
         if self.kan_formulas is None:
-            return self._splines(x, self.kan_base_weight, self.kan_coef)
+            return self._splines(x, weight, coef)
         source, target = self.kan_formulas.kan_index.unbind(1)
         flat = torch.zeros(self.out_features * self.in_features, dtype=torch.int8, device=source.device)
         taken = flat.index_fill(0, target * self.in_features + source, 1).view(self.out_features, self.in_features).bool()
-        y = self._splines(x, self.kan_base_weight.masked_fill(taken, 0), self.kan_coef.masked_fill(taken.unsqueeze(1), 0))
+        y = self._splines(x, weight.masked_fill(taken, 0), coef.masked_fill(taken.unsqueeze(1), 0))
         return y + self.kan_formulas.summed(x, self.out_features, self.base).to(y.dtype)
 
     def _splines(self, x: Tensor, weight: Tensor, coef: Tensor) -> Tensor:

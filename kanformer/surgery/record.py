@@ -17,6 +17,8 @@ QUANT_METHOD = "kan"
 COMPOSED = {"quant_method": QUANT_METHOD}  # the entry of a model whose parts were patched by themselves: their own configs have the records
 RECORD_VERSION = 2
 SNAPPED_VERSION = 3  # written where functions were replaced by formulas, which version 2 does not know
+PRUNED_VERSION = 4  # written where edges were taken out
+_OPTIONAL = ("snapped", "pruned")  # keys of a site that are written where there is something to say
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class SiteRecord:
         hidden: the KAN-FFN's width. mlp_hidden: the MLP's.
         down_bias: whether the KAN-FFN's down map has a bias. mlp_down_bias: whether the MLP's had.
         snapped: of each map with formulas, by its path below the slot, {"families": {name: how many}, "trainable": bool}; see `layers.formulas`.
+        pruned: of each map without some of its edges, likewise, {"bias": whether it was given one}; see `layers.masks`.
     """
 
     path: str
@@ -40,12 +43,13 @@ class SiteRecord:
     down_bias: bool
     mlp_down_bias: bool
     snapped: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], specs: list[FFNSpec], configs: list[KANConfig]) -> SiteRecord:
         """Reads what `to_dict` wrote; `spec` and `config` are numbers in these lists."""
         action, known = "read the patched blocks from config.json", {field.name: field.type for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or set(values) | {"snapped"} != set(known):
+        if not isinstance(values, dict) or set(values) | set(_OPTIONAL) != set(known):
             raise CheckpointError(action, got=f"an entry {values!r}", expected=f"an object with the keys {sorted(known)}")
         lists: tuple[tuple[str, list], ...] = (("spec", specs), ("config", configs))
         good = isinstance(values["path"], str) and all(type(values[name]) is int and 0 <= values[name] < len(known) for name, known in lists)
@@ -55,11 +59,13 @@ class SiteRecord:
             raise CheckpointError(action, got=f"wrong values in {values}", expected=f"a path, widths >= 1, two booleans, {numbers}")
         if not _good_snapped(values.get("snapped", {})):
             raise CheckpointError(action, got=f"snapped={values['snapped']!r}", expected="families with counts >= 1 and trainable, by map")
+        if not _good_pruned(values.get("pruned", {})):
+            raise CheckpointError(action, got=f"pruned={values['pruned']!r}", expected="{'bias': true or false} by map")
         return cls(**{**values, "spec": specs[values["spec"]], "config": configs[values["config"]]})
 
     def to_dict(self, specs: list[FFNSpec], configs: list[KANConfig]) -> dict[str, Any]:
         """Plain JSON values; spec and config are stored once, in these lists."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "snapped" or self.snapped}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _OPTIONAL or getattr(self, field.name)}
         return {**values, "spec": specs.index(self.spec), "config": configs.index(self.config)}
 
 
@@ -82,11 +88,16 @@ class PatchRecord:
         configs = list(dict.fromkeys(site.config for site in self.sites))
         return {
             "quant_method": QUANT_METHOD,
-            "version": SNAPPED_VERSION if any(site.snapped for site in self.sites) else RECORD_VERSION,
+            "version": self._version(),
             "configs": [config.to_dict() for config in configs],
             "specs": [spec.to_dict() for spec in specs],
             "sites": [site.to_dict(specs, configs) for site in self.sites],
         }
+
+    def _version(self) -> int:
+        if any(site.pruned for site in self.sites):
+            return PRUNED_VERSION
+        return SNAPPED_VERSION if any(site.snapped for site in self.sites) else RECORD_VERSION
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PatchRecord:
@@ -97,11 +108,11 @@ class PatchRecord:
         """
         action = "read the KAN part of config.json"
         values = upgraded(values)
-        if values.get("version") not in (RECORD_VERSION, SNAPPED_VERSION):
+        if values.get("version") not in range(RECORD_VERSION, PRUNED_VERSION + 1):
             raise CheckpointError(
                 action,
                 got=f"version {values.get('version')!r}",
-                expected=f"{RECORD_VERSION} or {SNAPPED_VERSION}",
+                expected=f"{RECORD_VERSION} to {PRUNED_VERSION}",
                 hint="It was written by another kanformer; install that version or a newer one.",
             )
         unknown = set(values) - {"quant_method", "version", "configs", "specs", "sites"}
@@ -124,6 +135,11 @@ def _good_snapped(maps: Any) -> bool:
         return isinstance(families, dict) and bool(families) and all(isinstance(name, str) and type(n) is int and n >= 1 for name, n in families.items())
 
     return isinstance(maps, dict) and all(isinstance(path, str) and good(entry) for path, entry in maps.items())
+
+
+def _good_pruned(maps: Any) -> bool:
+    entries = maps.values() if isinstance(maps, dict) else [None]
+    return all(isinstance(entry, dict) and set(entry) == {"bias"} and type(entry["bias"]) is bool for entry in entries)
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from kanformer.interpret.symbolic.fits import MapFits, SymbolicFits
 from kanformer.interpret.symbolic.losses import Loss, Measure
 from kanformer.layers.formulas import formulas_out, make_formulas
 from kanformer.layers.grids import GridModule
-from kanformer.surgery.snapped import record_formulas, rows_of
+from kanformer.surgery.snapped import record_changes, rows_of
 from kanformer.surgery.tables import table
 
 _FINEST = 64  # the number of formulas that can stay is found to this part of all of them
@@ -100,7 +100,7 @@ def snap(
         return _snapped(model, plan, measure, loss_budget)
     except BaseException:
         plan.put_in(0)
-        record_formulas(model)
+        record_changes(model)
         raise
 
 
@@ -116,7 +116,7 @@ def unsnap(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         raise SurgeryError("take formulas out", subject=type(model).__name__, got="a model without formulas")
     for module in held:
         module.kan_formulas = None
-    record_formulas(model)
+    record_changes(model)
     return model
 
 
@@ -205,7 +205,7 @@ def _snapped(model: nn.Module, plan: _Plan, measure: Measure | None, budget: flo
     if measure is not None and budget is not None and not after <= before + budget:
         count = _within(look, count, before + budget)
         look("within the budget", count)
-    record_formulas(model)
+    record_changes(model)
     counts: dict[str, dict[str, int]] = {}
     for module, one in plan.pairs:
         counts.setdefault(one.path, {})[one.map] = 0 if module.kan_formulas is None else len(module.kan_formulas)

@@ -148,7 +148,7 @@ def _function_hook(block: KANFeedForward, means: Tensor, targets: list[Target], 
 def _edge_hook(block: KANFeedForward, layer: LayerStats, name: str, targets: list[Target], positions: Positions) -> Callable:
     module = getattr(block, name)
     source = FullEdges(module) if isinstance(module, KANLinear) else LinearEdges(module)
-    plane_means = _plane_means(layer, name, isinstance(module, KANLinear))
+    means = plane_means(layer, name, isinstance(module, KANLinear))
 
     def give(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         output = output.clone()
@@ -159,7 +159,7 @@ def _edge_hook(block: KANFeedForward, layer: LayerStats, name: str, targets: lis
             planes = source.values(x, columns)
             weights = [float(weight[target.output, 0]) for weight in source.weights(columns, torch.float64)]
             change = sum(
-                weight * (plane.squeeze(1).double() - mean) for weight, plane, mean in zip(weights, planes, plane_means[:, target.input].tolist(), strict=True)
+                weight * (plane.squeeze(1).double() - mean) for weight, plane, mean in zip(weights, planes, means[:, target.input].tolist(), strict=True)
             )
             assert isinstance(change, Tensor)
             y[:, target.output] -= (change if keep is None else change * keep).to(y)
@@ -168,8 +168,8 @@ def _edge_hook(block: KANFeedForward, layer: LayerStats, name: str, targets: lis
     return give
 
 
-def _plane_means(layer: LayerStats, name: str, full: bool) -> Tensor:
-    """(planes, inputs) on the CPU."""
+def plane_means(layer: LayerStats, name: str, full: bool) -> Tensor:
+    """The mean over the data of every plane of every input, (planes, inputs) on the CPU: see `Planes`; one plane with shared edges."""
     if full:
         if name not in layer.moments:
             raise _no_means(layer)

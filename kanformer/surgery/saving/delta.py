@@ -21,7 +21,7 @@ from kanformer.surgery.saving.card import base_name
 from kanformer.surgery.saving.delta_info import INFO, VERSION, DeltaInfo
 from kanformer.surgery.saving.persist import empty_blocks, put_in, rebuild
 from kanformer.surgery.saving.verify import check_files, short, some
-from kanformer.surgery.snapped import check_formulas
+from kanformer.surgery.snapped import check_changes
 
 _WEIGHTS = "kan_delta.safetensors"
 _OWN = {INFO, _WEIGHTS, MARKER, "config.json", "README.md"}
@@ -135,7 +135,7 @@ def _put_on(model: nn.Module, tensors: dict[str, Tensor], record: PatchRecord) -
         # A copy, as what lies unaligned in a mapped file can round otherwise.
         own = {name.removeprefix(prefix): tensor.to(device, copy=True) for name, tensor in tensors.items() if name.startswith(prefix)}
         block.load_state_dict(own, assign=True)
-        check_formulas(block)
+        check_changes(block)
         block.train(model.training)
     put_in(model, pairs, record)
     state, blocks = model.state_dict(), _below_blocks(model)

@@ -23,7 +23,7 @@ from kanformer.surgery.record import COMPOSED, QUANT_METHOD, PatchRecord, SiteRe
 from kanformer.surgery.replacing.apply import swap
 from kanformer.surgery.saving.verify import ACTION, WATCHED, check_files, check_site, check_unique, short, watch_loading
 from kanformer.surgery.sentinel import clear_sentinels
-from kanformer.surgery.snapped import check_formulas, put_empty_formulas
+from kanformer.surgery.snapped import check_changes, put_empty_formulas, put_empty_masks
 
 _ALIGNMENT = 64  # bytes, what torch's own allocations have
 
@@ -83,7 +83,7 @@ class KANQuantizer(HfQuantizer):
                 clear_sentinels(block)
             if isinstance(block, KANExperts):
                 _align(block)
-        check_formulas(model)
+        check_changes(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
@@ -189,6 +189,7 @@ def _empty(site: Site, entry: SiteRecord) -> KANModule:
     with torch.device(dense.up_weight.device):
         module = assemble(site, [empty_block(each, entry.config, entry.hidden, down_bias=entry.down_bias) for each in denses])
     put_empty_formulas(module, entry.snapped, site.path)
+    put_empty_masks(module, entry.pruned, site.path)
     return module
 
 

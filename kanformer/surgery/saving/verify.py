@@ -36,7 +36,7 @@ def check_files(files: Sequence[str] | None) -> None:
             )
         try:
             with safe_open(path, framework="pt") as file:
-                ours = [name for name in file.keys() if "kan_" in name and not name.endswith(".kan_index")]  # noqa: SIM118
+                ours = [name for name in file.keys() if "kan_" in name and not name.endswith((".kan_index", ".kan_mask"))]  # noqa: SIM118
                 strange = [name for name in ours if file.get_slice(name).get_dtype().startswith(_INTEGERS)]
         except (SafetensorError, OSError) as error:
             size = f"a file of {path.stat().st_size:,} bytes" if path.is_file() else "a file"
