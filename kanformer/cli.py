@@ -81,6 +81,20 @@ _COMMANDS = {
         "kanformer plot gpt2-kan --out figures --text text.txt",
         "model",
     ),
+    "scores": Command(
+        "score every edge on data: what it is worth to the loss, and more",
+        "kanformer.commands.scores:ScoresArguments",
+        "kanformer.commands.scores:scores",
+        "kanformer scores gpt2-kan --text text.txt --out scores --truth 50",
+        "model",
+    ),
+    "prune": Command(
+        "take out the edges or hidden channels that are worth least",
+        "kanformer.commands.prune:PruneArguments",
+        "kanformer.commands.prune:prune",
+        "kanformer prune gpt2-kan --text text.txt --out gpt2-pruned --loss_budget 0.01",
+        "model",
+    ),
     "symbolic": Command(
         "find formulas for the learned functions, and put them in their place",
         "kanformer.commands.symbolic:SymbolicArguments",

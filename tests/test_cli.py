@@ -57,6 +57,14 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --library tahn", "Did you mean 'tanh'"),
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --layer 7", "layer=7"),
         ("symbolic {kan} --out {tmp}/new --loss_budget 0.1", "Add --snap"),
+        ("prune {kan}", "no out"),
+        ("prune {kan} --out {kan}", "a path that is in use"),
+        ("prune {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
+        ("prune {kan} --out {tmp}/new --text {text} --max_length 16 --keep 2", "keep=2.0, expected a share"),
+        ("prune {kan} --out {tmp}/new --text {text} --max_length 16 --keep 0.5 --sparsity 0.5", "one of keep, sparsity, loss_budget"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores efect", "Did you mean 'effect'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores std --by effect", "by='effect'"),
+        ("scores {kan} --out {text} --text {text} --max_length 16 --scores std", "cannot make a folder"),
         ("patch {bert}", "no out"),
         ("patch {bert} --out {kan}", "a path that is in use"),
         ("patch {bert} --out {text}", "a path that is in use"),
@@ -163,7 +171,7 @@ def test_symbolic_prints_outcomes_and_writes_the_tables_and_a_snapped_model(plac
     found = json.loads((out / "formulas.json").read_text())
     assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 1, [5, 5])
     assert len((out / "formulas.csv").read_text().splitlines()) == 11
-    held = [block.kan_functions.kan_formulas for block in blocks(load_model(str(out / "model"))).values()]
+    held: list = [block.kan_functions.kan_formulas for block in blocks(load_model(str(out / "model"))).values()]
     assert [len(formulas) for formulas in held] == [5, 5]
 
 
@@ -173,3 +181,44 @@ def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):
     names = {path.name for path in out.iterdir()}
     assert names >= {"layer_00.png", "layer_01.png", "functions.csv"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png")) and f"files in {out}" in capsys.readouterr().out
+
+
+def test_scores_prints_the_header_and_writes_table_statistics_and_truth(places, capsys):
+    from kanformer.interpret import load_stats
+
+    out = places["tmp"] / "scores"
+    line = ["scores", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--original", places["bert"]]
+    main([*line, "--top", "7", "--truth", "3", "--format", "json"])
+    said = capsys.readouterr().out
+    header = json.loads((out / "header.json").read_text())
+    assert f"patched {header['patched']:.6g}" in said and header["tokens"] > 0
+    table = json.loads((out / "scores.json").read_text())
+    assert (table["schema"], len(table["rows"])) == ("kanformer.scores", 7) and "share" in table["columns"]
+    assert [len(layer.scores) for layer in load_stats(out / "stats").values()] == [1, 1]
+    assert (out / "truth.png").read_bytes().startswith(b"\x89PNG")
+    for kind in ("csv", "parquet"):
+        main([*line[:2], "--out", str(out), "--text", places["text"], "--max_length", "16", "--scores", "std", "--format", kind])
+        assert (out / f"scores.{kind}").stat().st_size > 100
+
+
+def test_prune_shows_the_curve_and_saves_smaller_models(places, capsys):
+    line = ["prune", places["kan"], "--text", places["text"], "--max_length", "16"]
+    main([*line, "--dry_run", "--out", str(places["tmp"] / "curve")])
+    assert "change of the loss" in capsys.readouterr().out and {path.name for path in (places["tmp"] / "curve").iterdir()} == {
+        "curve.csv",
+        "curve.json",
+        "curve.png",
+    }
+    main([*line, "--out", str(places["tmp"] / "edges"), "--loss_budget", "0.5"])
+    assert "taken out" in capsys.readouterr().out
+    assert all(block.kan_down.kan_mask is not None for block in blocks(load_model(str(places["tmp"] / "edges"))).values())
+    main([*line, "--out", str(places["tmp"] / "neurons"), "--what", "neurons", "--sparsity", "0.5"])
+    sizes = [(places["tmp"] / name / "model.safetensors").stat().st_size for name in ("kan", "neurons")]
+    assert sizes[1] < sizes[0]
+
+
+def test_the_package_runs_as_a_module(capfd):
+    import subprocess
+    import sys
+
+    assert subprocess.run([sys.executable, "-m", "kanformer", "--version"], capture_output=True, text=True, check=True).stdout.strip() == __version__

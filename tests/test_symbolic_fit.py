@@ -221,7 +221,11 @@ def test_node_errors_are_relative_to_the_outputs():
     stats = collect(model, batches)
     one = fit_symbolic(model, stats, layer=0)["layers.0"]
     up = one["kan_up"]
-    assert (up.node_source, one["kan_down"].node_source) == ("measured", "independent")
+    assert (up.node_source, one["kan_down"].node_source) == ("measured", "measured")
+    down = one["kan_down"]
+    assert torch.allclose(down.weight, down.std / stats["layers.0"].outputs["kan_down"].variance.sqrt()[down.output])
+    alone = fit_symbolic(model, collect(model, batches, scores=()), layer=0)["layers.0"]
+    assert (alone["kan_up"].node_source, alone["kan_down"].node_source) == ("measured", "independent")
     outputs = stats["layers.0"].maps["kan_down"].variance.sqrt()
     assert torch.allclose(up.weight, up.std / outputs[up.output])
     assert torch.allclose(up.nrmse, up.weight * (1 - up.r2).clamp(min=0).sqrt())

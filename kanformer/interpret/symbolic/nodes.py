@@ -52,6 +52,9 @@ def node_scale(
         if given.shape != (module.out_features,) or not bool((given > 0).all()):
             raise ShapeError("fit formulas", got=f"node_std of shape {tuple(given.shape)}", expected=f"({module.out_features},), all above 0")
         return NodeScale(given.double().cpu(), None, "given")
+    known = None if seen is None else seen.outputs.get(name)
+    if known is not None and known.count and bool((known.variance > 0).all()):
+        return NodeScale(known.variance.sqrt(), None, "measured")
     if block is not None and seen is not None and name == "kan_up" and block.activation_in_down and not block.gated:
         return NodeScale(seen.maps["kan_down"].variance.sqrt(), None, "measured")  # what the down map reads is what the up map wrote
     return NodeScale(_independent(module, points), None, "independent")
