@@ -191,7 +191,8 @@ class _Task:
         self.current.next_batch()
         self.tokens = max(max(watch.counts.values(), default=0) for watch in self.watches)
         if self.progress is not None:
-            self.progress(f"statistics: {self.tokens:,} of at most {self.max_tokens:,} tokens")
+            limit = f" of at most {self.max_tokens:,}" if self.max_tokens < 2**40 else ""
+            self.progress(f"statistics: {self.tokens:,}{limit} tokens")
         return self.tokens >= self.max_tokens
 
     def finish(self, name: str, skip_first: bool) -> None:
