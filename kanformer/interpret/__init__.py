@@ -14,6 +14,9 @@ from kanformer.interpret.scores import MapScores, score_layer
 if TYPE_CHECKING:
     from kanformer.interpret.collecting.files import load_stats
     from kanformer.interpret.collecting.memory import plan_collection
+    from kanformer.interpret.drawing.health import plot_health
+    from kanformer.interpret.drawing.importance import plot_importance
+    from kanformer.interpret.drawing.nodes import plot_input, plot_node
     from kanformer.interpret.figures import plot_layer
     from kanformer.interpret.logits import logit_effect
     from kanformer.interpret.overview import plot_overview
@@ -31,8 +34,12 @@ _LAZY = {
     "load_stats": "collecting.files",
     "logit_effect": "logits",
     "plan_collection": "collecting.memory",
+    "plot_health": "drawing.health",
+    "plot_importance": "drawing.importance",
+    "plot_input": "drawing.nodes",
     "plot_layer": "figures",
     "plot_model": "plot",
+    "plot_node": "drawing.nodes",
     "plot_overview": "overview",
     "truth_check": "truth.check",
 }
@@ -50,8 +57,12 @@ __all__ = [
     "load_stats",
     "logit_effect",
     "plan_collection",
+    "plot_health",
+    "plot_importance",
+    "plot_input",
     "plot_layer",
     "plot_model",
+    "plot_node",
     "plot_overview",
     "score_layer",
     "truth_check",
