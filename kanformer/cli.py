@@ -95,6 +95,13 @@ _COMMANDS = {
         "kanformer prune gpt2-kan --text text.txt --out gpt2-pruned --loss_budget 0.01",
         "model",
     ),
+    "diff": Command(
+        "compare the learned functions of two models",
+        "kanformer.commands.diff:DiffArguments",
+        "kanformer.commands.diff:diff",
+        "kanformer diff gpt2-kan --other gpt2-kan-tuned --text text.txt --out diff",
+        "model",
+    ),
     "symbolic": Command(
         "find formulas for the learned functions, and put them in their place",
         "kanformer.commands.symbolic:SymbolicArguments",

@@ -9,7 +9,7 @@ import pytest
 from kanformer import __version__
 from kanformer.cli import main
 from kanformer.surgery.saving.loading import load_model
-from model_cases import blocks
+from model_cases import blocks, disturb
 from training_cases import checkpoint, python, write_text
 
 
@@ -57,6 +57,8 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --library tahn", "Did you mean 'tanh'"),
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --layer 7", "layer=7"),
         ("symbolic {kan} --out {tmp}/new --loss_budget 0.1", "Add --snap"),
+        ("diff {kan}", "no other"),
+        ("diff {kan} --other {bert} --text {text} --max_length 16 --out {tmp}/new", "no KANFeedForward in it"),
         ("prune {kan}", "no out"),
         ("prune {kan} --out {kan}", "a path that is in use"),
         ("prune {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
@@ -215,6 +217,16 @@ def test_prune_shows_the_curve_and_saves_smaller_models(places, capsys):
     main([*line, "--out", str(places["tmp"] / "neurons"), "--what", "neurons", "--sparsity", "0.5"])
     sizes = [(places["tmp"] / name / "model.safetensors").stat().st_size for name in ("kan", "neurons")]
     assert sizes[1] < sizes[0]
+
+
+def test_diff_prints_how_far_the_maps_moved_and_writes_tables_and_a_figure(places, capsys):
+    out = places["tmp"] / "diff"
+    other = places["tmp"] / "tuned"
+    disturb(load_model(places["kan"])).save_pretrained(other)
+    main(["diff", places["kan"], "--other", str(other), "--out", str(out), "--text", places["text"], "--max_length", "16", "--top", "5"])
+    assert "largest distance" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"functions.csv", "edges.csv", "changes.png"}
+    assert len((out / "functions.csv").read_text().splitlines()) == 6
 
 
 def test_the_package_runs_as_a_module(capfd):

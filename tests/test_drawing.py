@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 
 import kanformer
 from interpret_cases import texts, tiny
-from kanformer.errors import ConfigError, ShapeError
+from kanformer.errors import ConfigError, DataError, ShapeError
 from kanformer.interpret import collect, plot_health, plot_importance, plot_input, plot_node
+from kanformer.interpret.curves import pick
+from kanformer.interpret.differences import compare_functions
+from kanformer.interpret.drawing.changes import plot_changes
 from kanformer.interpret.drawing.health import dead_edges
 from kanformer.interpret.heat import block_max
+from kanformer.layers import EdgeFunctions, KANLinear
 
 _KINDS = {"full": {"edges": "full", "grid_size": 3}, "shared": {"edges": "shared"}, "groups": {"edges": "shared", "groups": 4}}
 
@@ -128,6 +133,44 @@ def test_a_dead_edge_is_counted():
     stats = collect(model, texts(), scores=("std", "nonlinearity"))
     dead = dead_edges(stats.layer(0), "kan_down")
     assert bool(dead[:, 2].all()) and not bool(dead.all())
+
+
+def test_a_difference_is_the_distance_over_the_data(seen):
+    model, stats = seen
+    other = copy.deepcopy(model)
+    same = compare_functions(model, other, stats)
+    assert all(row["changed"] == 0 for row in same.summary())
+    generator = torch.Generator().manual_seed(1)
+    for module in other.modules():
+        if isinstance(module, EdgeFunctions | KANLinear):
+            with torch.no_grad():
+                module.kan_coef.add_(0.1 * torch.randn(module.kan_coef.shape, generator=generator, dtype=torch.float64))
+    diff = compare_functions(model, other, stats)
+    path = next(iter(stats))
+    mine, theirs = (dict(each.named_modules())[path] for each in (model, other))
+    name, module = next(mine.spline_modules())
+    one, changed = diff.maps[path][name], dict(theirs.spline_modules())[name]
+    levels = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    x = torch.stack([stats[path].maps[name].quantile(float(level)) for level in levels])  # (64, rows)
+    row, ends = 2, None if isinstance(module, EdgeFunctions) else torch.tensor([1])
+    a, b = (pick(each, torch.tensor([row]), ends).learned(x[:, row : row + 1])[:, 0] for each in (module, changed))
+    scale = a.std(correction=0) if ends is None else stats[path].outputs[name].variance[1].sqrt()
+    found = one.values["distance"][row] if ends is None else one.values["distance"][1, row]
+    assert float(found) == pytest.approx(float((a - b).std(correction=0) / scale), rel=1e-6)
+    table = diff.top(5, functions=ends is None)
+    assert table.columns["distance"] == sorted(table.columns["distance"], reverse=True) and "largest distance" in str(diff)
+    figure = plot_changes(model, other, stats, diff, top=3)
+    assert sum(len(axes.lines) == 2 for axes in figure.axes) == 3
+
+
+def test_models_of_other_shapes_cannot_be_compared():
+    model = tiny("gpt2", edges="full", grid_size=3)
+    stats = collect(model, texts(count=1), scores=("std",))
+    compare_functions(model, tiny("gpt2", edges="full", grid_size=5, basis="rbf"), stats)  # another basis and grid may be
+    with pytest.raises(DataError, match=r"\(edges, gated, d, h\) = \('shared'"):
+        compare_functions(model, tiny("gpt2"), stats)
+    with pytest.raises(DataError, match="the same blocks in both"):
+        compare_functions(model, tiny("llama", edges="full", grid_size=3), stats)
 
 
 def test_bad_input_is_a_clear_error(seen):

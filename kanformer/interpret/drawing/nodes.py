@@ -136,14 +136,14 @@ def _edge(axes, block: nn.Module, seen: LayerStats, name: str, output: int, chan
         beyond = (low - margin, edge) if side < 0 else (edge, high + margin)
         if beyond[0] < beyond[1]:
             axes.axvspan(max(beyond[0], low - margin), min(beyond[1], high + margin), facecolor="#DEDEDE", edgecolor=DARK, hatch="////", linewidth=0, zorder=0)
-    _density(axes, stats, group, low - margin, high + margin)
+    draw_density(axes, stats, group, low - margin, high + margin)
     gated = shared and getattr(block, "gated", False)
     axes.set_title(f"{channel}→{output}  {_signed(share)}" + ("  (times up)" if gated else ""), fontsize=8.5, loc="left")
     axes.set_xlim(low - margin, high + margin)
     quiet(axes)
 
 
-def _density(axes, stats, group: int, low: float, high: float) -> None:
+def draw_density(axes, stats, group: int, low: float, high: float) -> None:
     probability = stats.density()[1]
     edges = stats.edges[group].numpy()
     height = probability[group].numpy() / (edges[1:] - edges[:-1]).clip(1e-300)
