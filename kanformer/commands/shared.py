@@ -19,13 +19,6 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     save_pretrained(model, folder, tokenizer=tokenizer)
 
 
-def labelled(model: nn.Module, batches: list) -> list:
-    """With labels for a causal language model; other models are measured by how far their outputs move."""
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return batches
-    return [{**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in batches]
-
-
 def load(name: str):
     from kanformer.surgery.saving.loading import load_model, quiet_transformers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kanformer.commands.shared import labelled, load, need, need_free, save_model, text_batches, tokenizer_of, words
+from kanformer.commands.shared import load, need, need_free, save_model, text_batches, tokenizer_of, words
 from kanformer.training.arguments import option
 
 
@@ -57,7 +57,7 @@ def symbolic(arguments: SymbolicArguments) -> None:
     print(f"formulas.csv and formulas.json in {out}")
     if not arguments.snap:
         return
-    done = snap(model, fits, loss_budget=arguments.loss_budget, batches=labelled(model, batches), trainable=arguments.trainable, inplace=True)
+    done = snap(model, fits, loss_budget=arguments.loss_budget, batches=batches, trainable=arguments.trainable, inplace=True)
     print(done)
     tokenizer = tokenizer_of(arguments.model)
     write_folder(out / "model", lambda folder: save_model(model, tokenizer, folder))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, DataError, ShapeError, SurgeryError
 from kanformer.interpret.blocks import find_blocks
+from kanformer.interpret.collecting.losses import UserLoss
+from kanformer.interpret.collecting.mean_loss import MeanLoss
 from kanformer.interpret.symbolic.fits import MapFits, SymbolicFits
-from kanformer.interpret.symbolic.losses import Loss, Measure
 from kanformer.layers.formulas import formulas_out, make_formulas
 from kanformer.layers.grids import GridModule
 from kanformer.surgery.snapped import record_formulas, rows_of
@@ -61,7 +62,7 @@ def snap(
     *,
     loss_budget: float | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
-    loss: Loss | None = None,
+    loss: UserLoss | None = None,
     sensitivity: Mapping[str, Mapping[str, Tensor]] | None = None,
     trainable: bool = False,
     inplace: bool = False,
@@ -75,8 +76,9 @@ def snap(
         model: the model that was fitted. It is not touched unless `inplace`.
         fits: what `fit_symbolic` returned.
         loss_budget: how much the loss may rise, >= 0; needs batches. None: no limit.
-        batches: data to measure the loss on, see `Measure`: labels make it the model's own loss.
-        loss: (outputs, batch) -> number, instead of the model's own.
+        batches: data to measure the loss on, see `Objective`: the model's own loss with labels, a language model's cross-entropy, else how far the
+            outputs move from those with the splines.
+        loss: (outputs, batch) -> scalar tensor, the mean over the batch's tokens, instead.
         sensitivity: factors of the predicted effect by path and map: of each output, (out,), or each group, (groups,), such as rms gradients.
             None: the formulas' errors count relative to their nodes.
         trainable: whether the numbers a, t, c, e, d become parameters.
@@ -91,7 +93,7 @@ def snap(
     if loss_budget is not None and batches is None:
         raise ConfigError("snap functions", got="a loss_budget and no batches", hint="Give batches= to measure the loss on.")
     pairs = _pairs(model, fits)
-    measure = None if batches is None else Measure(batches, loss)
+    measure = None if batches is None else MeanLoss(model, batches, loss)
     if not inplace:
         model = copy.deepcopy(model)
         pairs = _pairs(model, fits)
@@ -187,7 +189,7 @@ def _factors(one: MapFits, sensitivity: Mapping[str, Mapping[str, Tensor]]) -> T
     return given.double().cpu()[where]
 
 
-def _snapped(model: nn.Module, plan: _Plan, measure: Measure | None, budget: float | None) -> Snapped:
+def _snapped(model: nn.Module, plan: _Plan, measure: MeanLoss | None, budget: float | None) -> Snapped:
     losses: list[dict[str, Any]] = []
 
     def look(step: str, count: int) -> float:
