@@ -54,6 +54,7 @@ class MapFits:
             search's grid only, a lower bound. equivalent: (n, families) the accepted families within `tie` of the best.
         nodes: (inputs, 64) x at equal masses of data, by input. candidates: (n, families, 5) numbers of all families, or None for large maps.
         node_source: how the nodes' deviations were known: "measured", "given", or "independent" (edges taken to be uncorrelated).
+        score, score_name: what the function is worth to the loss, "effect" or "sens" of the statistics; NaN: not kept; None and "": not collected.
         settings: tol_node, r2_min, tie, negligible.
     """
 
@@ -85,6 +86,8 @@ class MapFits:
     n_functions: int
     node_source: str
     settings: dict[str, float] = field(default_factory=dict)
+    score: Tensor | None = None
+    score_name: str = ""
 
     def __len__(self) -> int:
         return len(self.input)
@@ -98,6 +101,15 @@ class MapFits:
     def effect(self) -> Tensor:
         """(n,) rms error that the formula puts into the node (with shared edges: into all outputs together), over its standard deviation."""
         return self.weight * (1 - self.r2).clamp(min=0).sqrt()
+
+    @property
+    def loss_effect(self) -> Tensor | None:
+        """(n,) what the formula's error may do to the loss, by size: |effect| (1 - R2), for a mean ablation's second order falls with the variance that is
+        left, or sens sqrt(1 - R2). None where a score is missing."""
+        if self.score is None or bool(self.score.isnan().any()):
+            return None
+        left = (1 - self.r2).clamp(min=0)
+        return self.score.abs() * (left if self.score_name == "effect" else left.sqrt())
 
     def counts(self) -> dict[str, int]:
         """How many functions have each outcome."""
@@ -148,7 +160,8 @@ class MapFits:
         names = ("input", "output", "outcome", "family", "numbers", "r2", "r2_uniform", "nrmse", "weight", "max_error")
         names += ("std", "condition", "low", "high", "table", "equivalent")
         candidates = None if self.candidates is None else self.candidates[places]
-        return replace(self, **{name: getattr(self, name)[places] for name in names}, candidates=candidates)
+        score = None if self.score is None else self.score[places]
+        return replace(self, **{name: getattr(self, name)[places] for name in names}, candidates=candidates, score=score)
 
     def formula(self, place: int, *, nice: bool = False):
         """The chosen formula as a `Formula`; `nice`: with short constants where the tolerance allows."""

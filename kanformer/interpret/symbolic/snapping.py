@@ -70,7 +70,8 @@ def snap(
     """Replaces every function that has an accepted formula by it (negligible ones by a constant), and measures what that does.
 
     A snapped model saves and loads like any patched one. The splines stay stored beside their formulas, unused, so that `unsnap` gives them back.
-    Where the loss rises by more than `loss_budget`, the formulas with the largest predicted effect are reverted, as many as needed (to 1/64 of all).
+    Where the loss rises by more than `loss_budget`, the formulas with the largest predicted effect are reverted, as many as needed (to 1/64 of all):
+    by `MapFits.loss_effect` if the statistics of all fits had `effect` or `sens`, else by their errors relative to their nodes.
 
     Args:
         model: the model that was fitted. It is not touched unless `inplace`.
@@ -80,7 +81,7 @@ def snap(
             outputs move from those with the splines.
         loss: (outputs, batch) -> scalar tensor, the mean over the batch's tokens, instead.
         sensitivity: factors of the predicted effect by path and map: of each output, (out,), or each group, (groups,), such as rms gradients.
-            None: the formulas' errors count relative to their nodes.
+            None: they count alike.
         trainable: whether the numbers a, t, c, e, d become parameters.
         inplace: change the model itself.
 
@@ -142,11 +143,12 @@ class _Plan:
     def __init__(self, pairs: list[tuple[GridModule, MapFits]], sensitivity: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> None:
         self.pairs, self.trainable = pairs, trainable
         self.places, effects, owners = [], [], []
+        predicted = _predicted([one for _, one in pairs])
         for number, (_, one) in enumerate(pairs):
             good = one.accepted & one.numbers.float().isfinite().all(1)
             places = good.nonzero().squeeze(1)
             self.places.append(places)
-            effects.append((one.effect * _factors(one, sensitivity))[places])
+            effects.append((predicted[number] * _factors(one, sensitivity))[places])
             owners.append(torch.full((len(places),), number))
         self.order = torch.cat(effects).argsort(stable=True)
         self.owner = torch.cat(owners)
@@ -177,6 +179,13 @@ class _Plan:
         """Splines everywhere, for a while."""
         with formulas_out(module for module, _ in self.pairs):
             yield
+
+
+def _predicted(fits: list[MapFits]) -> list[Tensor]:
+    """Predicted effects of formulas, (n,) each; of one kind, or they could not be put into one order."""
+    by_loss = [one.loss_effect for one in fits]
+    found = [effect for effect in by_loss if effect is not None]
+    return found if len(found) == len(fits) and len({one.score_name for one in fits}) == 1 else [one.effect for one in fits]
 
 
 def _factors(one: MapFits, sensitivity: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
