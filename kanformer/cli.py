@@ -81,6 +81,13 @@ _COMMANDS = {
         "kanformer plot gpt2-kan --out figures --text text.txt",
         "model",
     ),
+    "scores": Command(
+        "score every edge by what it is worth to the loss, and say how much of the original the model is",
+        "kanformer.commands.scores:ScoresArguments",
+        "kanformer.commands.scores:scores",
+        "kanformer scores gpt2-kan --text text.txt --out scores --original gpt2 --truth 50",
+        "model",
+    ),
     "symbolic": Command(
         "find formulas for the learned functions, and put them in their place",
         "kanformer.commands.symbolic:SymbolicArguments",

@@ -223,4 +223,4 @@ print(sorted({"torch", "transformers", "accelerate", "datasets", "matplotlib", "
 """
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 12
+    assert done.stdout.strip() == "[]" and len(_COMMANDS) == 13

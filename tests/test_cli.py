@@ -8,6 +8,7 @@ import pytest
 
 from kanformer import __version__
 from kanformer.cli import main
+from kanformer.interpret import load_stats
 from kanformer.surgery.saving.loading import load_model
 from model_cases import blocks
 from training_cases import checkpoint, python, write_text
@@ -57,6 +58,13 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --library tahn", "Did you mean 'tanh'"),
         ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --layer 7", "layer=7"),
         ("symbolic {kan} --out {tmp}/new --loss_budget 0.1", "Add --snap"),
+        ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --format xls", "got format='xls'"),
+        ("scores {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores efect", "Did you mean 'effect'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores std --by sens", "by='sens'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --format csb", "Did you mean 'csv'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --original {kan}", "as it was before patching"),
+        ("scores {kan} --out {text} --text {text} --max_length 16", "got a file"),
         ("patch {bert}", "no out"),
         ("patch {bert} --out {kan}", "a path that is in use"),
         ("patch {bert} --out {text}", "a path that is in use"),
@@ -157,14 +165,42 @@ def test_compare_prints_a_table_or_json(places, capsys):
 def test_symbolic_prints_outcomes_and_writes_the_tables_and_a_snapped_model(places, capsys):
     out = places["tmp"] / "formulas"
     line = ["symbolic", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--top", "5", "--layer", "0,1"]
-    main([*line, "--snap", "--loss_budget", "0.001"])
+    main([*line, "--snap", "--loss_budget", "0.001", "--format", "csv,json,parquet", "--rank", "effect", "--original", places["bert"]])
     said = capsys.readouterr().out
+    assert "original" in said and "formulas.csv, formulas.json, formulas.parquet" in said
     assert "unsnappable" in said and "trial" not in said and f"saved: {out / 'model'}" in said
     found = json.loads((out / "formulas.json").read_text())
-    assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 1, [5, 5])
+    assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 2, [5, 5])
+    header = found["header"]
+    assert (
+        header["data"] == "text.txt"
+        and header["original"] == pytest.approx(header["patched"], abs=1e-6)
+        and header["snapped"] is not None
+        and {one["score_name"] for one in found["maps"]} == {"effect"}
+    )
+    assert (out / "formulas.parquet").read_bytes().startswith(b"PAR1")
     assert len((out / "formulas.csv").read_text().splitlines()) == 11
     held = [block.kan_functions.kan_formulas for block in blocks(load_model(str(out / "model"))).values()]
     assert [len(formulas) for formulas in held] == [5, 5]
+
+
+def test_scores_prints_the_header_and_writes_tables_statistics_and_the_truth(places, capsys):
+    out = places["tmp"] / "scores"
+    line = ["scores", places["kan"], "--out", str(out), "--text", places["text"], "--texts", "4", "--max_length", "16", "--original", places["bert"]]
+    main([*line, "--truth", "2", "--top", "7", "--format", "csv,json,parquet"])
+    said = capsys.readouterr().out
+    assert "all ablated" in said and "Spearman of effect" in said and "the other" in said
+    names = {f"{name}.{kind}" for name in ("scores", "functions") for kind in ("csv", "json", "parquet")}
+    assert {path.name for path in out.iterdir()} == {*names, "stats", "truth.png"}
+    stats = load_stats(out / "stats")
+    assert stats.header is not None and stats.header.data == "text.txt" and str(stats.header) in said
+    assert stats.header.original == pytest.approx(stats.header.patched, abs=1e-6) and stats.header.sequences == 4
+    found = json.loads((out / "scores.json").read_text())
+    assert found["header"] == stats.header.to_dict() and found["rows"] == json.loads(stats.top(7).to_json())["rows"]
+    assert len((out / "functions.csv").read_text().splitlines()) == 8 and (out / "truth.png").read_bytes().startswith(b"\x89PNG")
+    main([*line, "--scores", "std,share", "--by", "share", "--layer", "1", "--keep", "9", "--contexts", "0", "--logits", "0"])
+    part = load_stats(out / "stats")
+    assert len(part) == 1 and len(part.top(99).columns["layer"]) == 9 and part.header == stats.header
 
 
 def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):

@@ -111,7 +111,7 @@ def fit_symbolic(
                 progress(f"{where}: " + ", ".join(f"{count:,} {outcome}" for outcome, count in found[seen.path][name].counts().items() if count))
     if not found:
         raise DataError("fit formulas", subject=type(model).__name__, got="no map with learned functions", hint="Blocks with edges='mlp' have none.")
-    return SymbolicFits(found)
+    return SymbolicFits(found, getattr(stats, "header", None))
 
 
 def fit_module(module: EdgeFunctions | KANLinear, seen: ChannelStats, *, library: Iterable[str] | None = None, **tolerances: float) -> MapFits:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kanformer.errors import ConfigError
 from kanformer.surgery.tables import table
+
+if TYPE_CHECKING:
+    from kanformer.interpret.truth.header import Faithfulness
 
 OUTCOMES = ("negligible", "linear", "unique", "ambiguous", "unsnappable")
 NEGLIGIBLE, LINEAR, UNIQUE, AMBIGUOUS, UNSNAPPABLE = range(5)
@@ -171,10 +174,14 @@ class MapFits:
 
 
 class SymbolicFits(Mapping[str, dict[str, MapFits]]):
-    """`MapFits` by the block's path and the map's name. `print(fits)` shows how many functions of each layer had each outcome."""
+    """`MapFits` by the block's path and the map's name. `print(fits)` shows how many functions of each layer had each outcome.
 
-    def __init__(self, maps: dict[str, dict[str, MapFits]]) -> None:
-        self._maps = maps
+    Attributes:
+        header: how much of the original the model is, where the statistics knew; with `snapped=` where that was measured.
+    """
+
+    def __init__(self, maps: dict[str, dict[str, MapFits]], header: Faithfulness | None = None) -> None:
+        self._maps, self.header = maps, header
 
     def __getitem__(self, path: str) -> dict[str, MapFits]:
         return self._maps[path]
