@@ -82,10 +82,10 @@ _COMMANDS = {
         "model",
     ),
     "scores": Command(
-        "score every edge on data: what it is worth to the loss, and more",
+        "score every edge by what it is worth to the loss, and say how much of the original the model is",
         "kanformer.commands.scores:ScoresArguments",
         "kanformer.commands.scores:scores",
-        "kanformer scores gpt2-kan --text text.txt --out scores --truth 50",
+        "kanformer scores gpt2-kan --text text.txt --out scores --original gpt2 --truth 50",
         "model",
     ),
     "prune": Command(

@@ -8,6 +8,7 @@ import pytest
 
 from kanformer import __version__
 from kanformer.cli import main
+from kanformer.interpret import load_stats
 from kanformer.surgery.saving.loading import load_model
 from model_cases import blocks, disturb
 from training_cases import checkpoint, python, write_text
@@ -64,9 +65,13 @@ def refused(words: list[str], capfd, code: int = 2) -> str:
         ("prune {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
         ("prune {kan} --out {tmp}/new --text {text} --max_length 16 --keep 2", "keep=2.0, expected a share"),
         ("prune {kan} --out {tmp}/new --text {text} --max_length 16 --keep 0.5 --sparsity 0.5", "one of keep, sparsity, loss_budget"),
+        ("symbolic {kan} --out {tmp}/new --text {text} --max_length 16 --format xls", "got format='xls'"),
+        ("scores {bert} --out {tmp}/new --text {text} --max_length 16", "no KANFeedForward in it"),
         ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores efect", "Did you mean 'effect'"),
-        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores std --by effect", "by='effect'"),
-        ("scores {kan} --out {text} --text {text} --max_length 16 --scores std", "cannot make a folder"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --scores std --by sens", "by='sens'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --format csb", "Did you mean 'csv'"),
+        ("scores {kan} --out {tmp}/new --text {text} --max_length 16 --original {kan}", "as it was before patching"),
+        ("scores {kan} --out {text} --text {text} --max_length 16", "got a file"),
         ("patch {bert}", "no out"),
         ("patch {bert} --out {kan}", "a path that is in use"),
         ("patch {bert} --out {text}", "a path that is in use"),
@@ -167,14 +172,42 @@ def test_compare_prints_a_table_or_json(places, capsys):
 def test_symbolic_prints_outcomes_and_writes_the_tables_and_a_snapped_model(places, capsys):
     out = places["tmp"] / "formulas"
     line = ["symbolic", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--top", "5", "--layer", "0,1"]
-    main([*line, "--snap", "--loss_budget", "0.001"])
+    main([*line, "--snap", "--loss_budget", "0.001", "--format", "csv,json,parquet", "--rank", "effect", "--original", places["bert"]])
     said = capsys.readouterr().out
+    assert "original" in said and "formulas.csv, formulas.json, formulas.parquet" in said
     assert "unsnappable" in said and "trial" not in said and f"saved: {out / 'model'}" in said
     found = json.loads((out / "formulas.json").read_text())
-    assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 1, [5, 5])
+    assert (found["schema"], found["version"], [len(one["functions"]) for one in found["maps"]]) == ("kanformer.symbolic", 2, [5, 5])
+    header = found["header"]
+    assert (
+        header["data"] == "text.txt"
+        and header["original"] == pytest.approx(header["patched"], abs=1e-6)
+        and header["snapped"] is not None
+        and {one["score_name"] for one in found["maps"]} == {"effect"}
+    )
+    assert (out / "formulas.parquet").read_bytes().startswith(b"PAR1")
     assert len((out / "formulas.csv").read_text().splitlines()) == 11
     held: list = [block.kan_functions.kan_formulas for block in blocks(load_model(str(out / "model"))).values()]
     assert [len(formulas) for formulas in held] == [5, 5]
+
+
+def test_scores_prints_the_header_and_writes_tables_statistics_and_the_truth(places, capsys):
+    out = places["tmp"] / "scores"
+    line = ["scores", places["kan"], "--out", str(out), "--text", places["text"], "--texts", "4", "--max_length", "16", "--original", places["bert"]]
+    main([*line, "--truth", "2", "--top", "7", "--format", "csv,json,parquet"])
+    said = capsys.readouterr().out
+    assert "all ablated" in said and "Spearman of effect" in said and "the other" in said
+    names = {f"{name}.{kind}" for name in ("scores", "functions") for kind in ("csv", "json", "parquet")}
+    assert {path.name for path in out.iterdir()} == {*names, "stats", "truth.png"}
+    stats = load_stats(out / "stats")
+    assert stats.header is not None and stats.header.data == "text.txt" and str(stats.header) in said
+    assert stats.header.original == pytest.approx(stats.header.patched, abs=1e-6) and stats.header.sequences == 4
+    found = json.loads((out / "scores.json").read_text())
+    assert found["header"] == stats.header.to_dict() and found["rows"] == json.loads(stats.top(7).to_json())["rows"]
+    assert len((out / "functions.csv").read_text().splitlines()) == 8 and (out / "truth.png").read_bytes().startswith(b"\x89PNG")
+    main([*line, "--scores", "std,share", "--by", "share", "--layer", "1", "--keep", "9", "--contexts", "0", "--logits", "0"])
+    part = load_stats(out / "stats")
+    assert len(part) == 1 and len(part.top(99).columns["layer"]) == 9 and part.header == stats.header
 
 
 def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):
@@ -183,24 +216,6 @@ def test_plot_writes_a_figure_per_layer_and_the_table(places, capsys):
     names = {path.name for path in out.iterdir()}
     assert names >= {"layer_00.png", "layer_01.png", "functions.csv"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png")) and f"files in {out}" in capsys.readouterr().out
-
-
-def test_scores_prints_the_header_and_writes_table_statistics_and_truth(places, capsys):
-    from kanformer.interpret import load_stats
-
-    out = places["tmp"] / "scores"
-    line = ["scores", places["kan"], "--out", str(out), "--text", places["text"], "--max_length", "16", "--original", places["bert"]]
-    main([*line, "--top", "7", "--truth", "3", "--format", "json"])
-    said = capsys.readouterr().out
-    header = json.loads((out / "header.json").read_text())
-    assert f"patched {header['patched']:.6g}" in said and header["tokens"] > 0
-    table = json.loads((out / "scores.json").read_text())
-    assert (table["schema"], len(table["rows"])) == ("kanformer.scores", 7) and "share" in table["columns"]
-    assert [len(layer.scores) for layer in load_stats(out / "stats").values()] == [1, 1]
-    assert (out / "truth.png").read_bytes().startswith(b"\x89PNG")
-    for kind in ("csv", "parquet"):
-        main([*line[:2], "--out", str(out), "--text", places["text"], "--max_length", "16", "--scores", "std", "--format", kind])
-        assert (out / f"scores.{kind}").stat().st_size > 100
 
 
 def test_prune_shows_the_curve_and_saves_smaller_models(places, capsys):

@@ -15,7 +15,7 @@ import torch
 import kanformer
 from interpret_cases import texts, tiny
 from kanformer.errors import CheckpointError, ConfigError
-from kanformer.interpret import load_stats, logit_effect, plan_collection
+from kanformer.interpret import Faithfulness, load_stats, logit_effect, plan_collection
 from kanformer.interpret.blocks import find_blocks
 from kanformer.interpret.collecting.contexts import ContextRecorder, _ascending, _value
 from kanformer.interpret.scoring.table import Scores, first_places
@@ -141,6 +141,7 @@ def test_tables(tmp_path):
     model, batches = tiny("gpt2", edges="full", grid_size=2), texts()
     stats = kanformer.collect(model, batches, scores="all")
     everything = torch.cat([one.values["effect"].flatten() for layer in stats.values() for one in layer.scores.values()])
+    stats.header = Faithfulness(2.0, 4.0, 1.0, loss_name="a loss", data="random", tokens=7)
     found = stats.top(7)
     assert found.by == "effect" and found.columns["effect"] == everything.sort(descending=True).values[:7].tolist() and found.total == len(everything)
     assert found.remainder == pytest.approx(float(everything.sum()) - sum(found.columns["effect"]), abs=1e-12)
@@ -150,11 +151,16 @@ def test_tables(tmp_path):
     read = list(csv.DictReader(io.StringIO(found.to_csv(tmp_path / "a.csv"))))
     assert float(read[3]["effect"]) == found.columns["effect"][3] and (tmp_path / "a.csv").read_text() == found.to_csv()
     content = json.loads(found.to_json(tmp_path / "a.json"))
-    assert (content["schema"], content["version"], content["by"]) == ("kanformer.scores", 1, "effect") and content["rows"][2] == list(list(found)[2].values())
+    assert (content["schema"], content["version"], content["by"]) == ("kanformer.scores", 2, "effect") and content["rows"][2] == list(list(found)[2].values())
+    assert content["header"] == stats.header.to_dict() and content["header"]["recovered"] == {"patched": pytest.approx(2 / 3)}
+    assert json.loads(stats.layer(0).top(1).to_json())["header"] is None
     parquet = pytest.importorskip("pyarrow.parquet")
     found.to_parquet(tmp_path / "a.parquet")
     table = parquet.read_table(tmp_path / "a.parquet")
-    assert table.column("effect").to_pylist() == found.columns["effect"] and table.schema.metadata[b"version"] == b"1"
+    assert table.column("effect").to_pylist() == found.columns["effect"] and table.schema.metadata[b"version"] == b"2"
+    assert json.loads(table.schema.metadata[b"header"]) == content["header"] and [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(CheckpointError, match="write a file"):
+        found.to_parquet(tmp_path / "none" / "a.parquet")
     assert sum(len(part) for part in stats.layer(0).scores["kan_up"].rows(step=10)) == 96
     for options in ({"n": 0}, {"by": "efect"}, {"functions": True}):
         with pytest.raises(ConfigError):
@@ -176,9 +182,10 @@ def test_first_places_are_those_of_a_stable_sort():
 def test_saved_statistics_come_back_to_the_bit(tmp_path, kind, edges):
     model, batches = tiny(kind, edges=edges, grid_size=2), texts()
     stats = kanformer.collect(model, batches, scores="all", contexts=2, logits=3, name="random")
+    stats.header = Faithfulness(2.0, 4.0, snapped=3.0)
     stats.save(tmp_path / "stats")
     again = load_stats(tmp_path / "stats")
-    assert list(again) == list(stats) and again.data == stats.data and again.model == stats.model
+    assert list(again) == list(stats) and again.data == stats.data and again.model == stats.model and again.header == stats.header
     assert_same(dict(stats), dict(again))
     assert_same(stats.logits, again.logits)
     assert {file.name for file in (tmp_path / "stats").iterdir()} == {"stats.json", "stats.safetensors", "complete.json"}
@@ -187,6 +194,10 @@ def test_saved_statistics_come_back_to_the_bit(tmp_path, kind, edges):
     (tmp_path / "other" / "mine.txt").write_text("kept")
     with pytest.raises(CheckpointError, match="no folder of statistics"):
         stats.save(tmp_path / "other")
+    old = json.loads((tmp_path / "stats" / "stats.json").read_text()) | {"version": 1}
+    del old["header"]
+    (tmp_path / "stats" / "stats.json").write_text(json.dumps(old))
+    assert load_stats(tmp_path / "stats").header is None
     for damage in ('{"schema": "kanformer.stats", "version": 9}', "{", '{"schema": "kanformer.stats", "version": 1}'):
         (tmp_path / "stats" / "stats.json").write_text(damage)
         with pytest.raises(CheckpointError, match="load the statistics"):

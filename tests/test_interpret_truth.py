@@ -151,6 +151,11 @@ def test_header_numbers(kind, edges):
         assert found.all_ablated == pytest.approx(_all_ablated(model, batches), abs=1e-9)
     more = found.replace(pruned=0.5 * (found.original + found.all_ablated), all_ablated=found.original + 1)
     assert more.recovered(more.original) == 1 and more.recovered(more.all_ablated) == 0
+    if kind == "gpt2":
+        again = faithfulness(
+            model, batches, original=original, pruned=original, snapped=model, stats=kanformer.collect(model, batches, layers=1, name="random ids")
+        )
+        assert again == found.replace(pruned=found.original, snapped=found.patched)  # statistics of one layer would leave the other unablated
     assert set(more.to_dict()["recovered"]) == {"patched", "pruned"} and found.replace(original=None).recovered() is None
 
 

@@ -28,7 +28,7 @@ def test_the_commands_have_settings_that_exist(command, monkeypatch):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
 
 
 def test_the_causal_config_plans_a_study_of_a_causal_model(tmp_path, monkeypatch, capsys):

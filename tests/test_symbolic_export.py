@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kanformer.errors import ConfigError
-from kanformer.interpret import collect
+from kanformer.interpret import Faithfulness, collect
 from kanformer.interpret.symbolic import (
     fit_module,
     fit_stack,
@@ -31,7 +31,9 @@ from kanformer.interpret.symbolic import (
     unregister_function,
     write_csv,
     write_json,
+    write_parquet,
 )
+from kanformer.interpret.symbolic.tables import COLUMNS, records
 from kanformer.interpret.symbolic.targets import HEADERS, base_label, source, symbolic
 from kanformer.layers import EdgeFunctions, KANLinear
 from kanformer.layers.base_functions import NAMES, base_function
@@ -203,14 +205,24 @@ def test_registered_functions_are_exported_by_their_sympy_form():
 
 def test_tables(tmp_path):
     model, batches = Toy([make_block(edges="full", grid_size=4)]), make_batches()
-    fits = fit_symbolic(model, collect(model, batches), edges=4)
+    stats = collect(model, batches, scores=("sens",), loss=lambda outputs, batch: outputs.square().mean())
+    stats.header = Faithfulness(2.0, 4.0)
+    fits = fit_symbolic(model, stats, edges=4)
+    assert fits.header is stats.header
     found = json.loads(write_json(fits, tmp_path / "fits.json").read_text())
-    assert (found["schema"], found["version"]) == ("kanformer.symbolic", 1) and [one["map"] for one in found["maps"]] == ["kan_up", "kan_down"]
+    assert (found["schema"], found["version"]) == ("kanformer.symbolic", 2) and [one["map"] for one in found["maps"]] == ["kan_up", "kan_down"]
     rows = list(csv.DictReader(write_csv(fits, tmp_path / "fits.csv").open()))
     first = fits["layers.0"]["kan_up"]
     assert len(rows) == 8 and (int(rows[0]["input"]), int(rows[0]["output"])) == (int(first.input[0]), int(first.output[0]))
     assert float(rows[0]["r2"]) == pytest.approx(float(first.r2[0])) and rows[0]["family"] == found["maps"][0]["functions"][0]["family"]
-    assert found["maps"][0]["outcomes"] == first.counts()
+    assert found["maps"][0]["outcomes"] == first.counts() and found["header"] == stats.header.to_dict()
+    assert found["maps"][0]["score_name"] == "sens" and [float(row["score"]) for row in rows[:4]] == pytest.approx(first.score.tolist())
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(write_parquet(fits, tmp_path / "fits.parquet"))
+    assert table.to_pylist() == [{name: row[name] for name in COLUMNS} for one in fits.all_maps() for row in records(one)]
+    assert json.loads(table.schema.metadata[b"header"]) == found["header"] and table.schema.metadata[b"version"] == b"2"
+    bare = fit_symbolic(model, collect(model, batches), edges=4)
+    assert parquet.read_table(write_parquet(bare, tmp_path / "bare.parquet")).column("score").to_pylist() == [None] * 8 and bare.header is None
 
 
 def test_fitting_and_snapping_need_no_sympy():

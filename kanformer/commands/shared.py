@@ -8,22 +8,67 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+FORMATS = ("csv", "json", "parquet")
+
 
 def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def table_formats(text: str, out: str) -> list[str]:
+    """The formats of tables that were asked for, with commas between them.
+
+    Raises:
+        ConfigError: another one, none, or parquet without pyarrow.
+    """
+    from kanformer.errors import ConfigError, did_you_mean
+    from kanformer.interpret.parquet import need_pyarrow
+
+    found = list(dict.fromkeys(words(text)))
+    for each in found:
+        if each not in FORMATS:
+            raise ConfigError("write tables", got=f"format={each!r}", hint=did_you_mean(each, FORMATS))
+    if not found:
+        raise ConfigError("write tables", got=f"format={text!r}", expected=f"some of {', '.join(FORMATS)}")
+    if "parquet" in found:
+        need_pyarrow(out)
+    return found
+
+
+def layers_of(text: str | None) -> list[str | int] | None:
+    """Paths or numbers of blocks, with commas between them; None: all."""
+    return None if text is None else [int(word) if word.lstrip("-").isdigit() else word for word in words(text)]
+
+
+def load_original(name: str | None, model: nn.Module) -> nn.Module | None:
+    """The model that `model` was before it was patched.
+
+    Raises:
+        ConfigError: one that is patched itself, or of another class.
+    """
+    from kanformer.errors import ConfigError
+    from kanformer.layers import KANFeedForward
+
+    if name is None:
+        return None
+    original = load(name)
+    if any(isinstance(module, KANFeedForward) for module in original.modules()):
+        raise ConfigError("compare with the original", subject=name, got="a patched model", hint="Name the model as it was before patching.")
+    if type(original) is not type(model):
+        got, expected = type(original).__name__, type(model).__name__
+        raise ConfigError("compare with the original", subject=name, got=got, expected=f"{expected}, as the patched model is")
+    return original
+
+
+def text_name(text: str | None) -> str:
+    """What the data are called in headers."""
+    return "docstrings of Python's standard library" if text is None else Path(text).name
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> None:
     from kanformer.surgery.saving.hub import save_pretrained
 
     save_pretrained(model, folder, tokenizer=tokenizer)
-
-
-def labelled(model: nn.Module, batches: list) -> list:
-    """With labels for a causal language model; other models are measured by how far their outputs move."""
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return batches
-    return [{**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)} for batch in batches]
 
 
 def load(name: str):
@@ -61,6 +106,13 @@ def need(value: str, name: str) -> None:
 
     if not value:
         raise ConfigError("run the command", got=f"no {name}", hint=f"Give --{name}; see --help.")
+
+
+def need_no_file(out: str) -> None:
+    from kanformer.errors import ConfigError
+
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError("write into a folder", subject=f"out={out}", got="a file", hint="Choose a new folder.")
 
 
 def need_free(out: str) -> None:

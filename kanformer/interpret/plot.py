@@ -62,7 +62,7 @@ def plot_model(
     folder = make_folder(out_dir, "the figures")
     files = []
     for name, figure in _figures(model, stats, scores, top, y, say):
-        files += [write_file(folder / f"{name}.{kind}", _render(figure, kind, dpi)) for kind in formats]
+        files += [write_file(folder / f"{name}.{kind}", render(figure, kind, dpi)) for kind in formats]
     files.append(write_file(folder / "functions.csv", _table(scores).encode()))
     return files
 
@@ -127,7 +127,7 @@ def _figures(model: nn.Module, stats: dict[str, LayerStats], scores: dict[str, d
     yield "overview", plot_overview(model, stats, top=top, scores=scores)
 
 
-def _render(figure, kind: str, dpi: int) -> bytes:
+def render(figure, kind: str = "png", dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     dates = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": None}
     figure.savefig(buffer, format=kind, dpi=dpi, metadata=dates[kind])

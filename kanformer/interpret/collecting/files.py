@@ -15,11 +15,12 @@ from kanformer.interpret.collecting.contexts import Contexts
 from kanformer.interpret.collecting.stats import DataUsed, HiddenStats, LayerStats, ModelStats, OutputStats
 from kanformer.interpret.logits import LogitEffect
 from kanformer.interpret.scoring.table import Scores
+from kanformer.interpret.truth.header import Faithfulness
 from kanformer.surgery.folders import MARKER, reason, write_folder
 
-SCHEMA, VERSION = "kanformer.stats", 1
+SCHEMA, VERSION = "kanformer.stats", 2  # 1 had no header; it is still read
 _JSON, _TENSORS = "stats.json", "stats.safetensors"
-_KINDS = {kind.__name__: kind for kind in (ChannelStats, Contexts, DataUsed, HiddenStats, LayerStats, LogitEffect, OutputStats, Scores)}
+_KINDS = {kind.__name__: kind for kind in (ChannelStats, Contexts, DataUsed, Faithfulness, HiddenStats, LayerStats, LogitEffect, OutputStats, Scores)}
 
 
 def save_stats(stats: ModelStats, folder: str | Path) -> None:
@@ -35,7 +36,7 @@ def save_stats(stats: ModelStats, folder: str | Path) -> None:
         raise CheckpointError("save the statistics", subject=folder, got="something that is no folder of statistics", hint="Choose another folder.")
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
-    content = {"schema": SCHEMA, "version": VERSION, "model": stats.model, "logits_note": stats.logits_note}
+    content = {"schema": SCHEMA, "version": VERSION, "model": stats.model, "logits_note": stats.logits_note, "header": _pack(stats.header, tensors, names)}
     content |= {"data": _pack(stats.data, tensors, names), "logits": _pack(stats.logits, tensors, names), "layers": _pack(dict(stats), tensors, names)}
 
     def fill(place: Path) -> None:
@@ -62,12 +63,13 @@ def load_stats(folder: str | Path) -> ModelStats:
         tensors = load_file(folder / _TENSORS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError("load the statistics", subject=folder, got=reason(error), expected="a folder that stats.save(folder) wrote") from error
-    if content.get("schema") != SCHEMA or content.get("version") != VERSION:
+    if content.get("schema") != SCHEMA or content.get("version") not in (1, VERSION):
         got = f"{content.get('schema')} version {content.get('version')}"
         raise CheckpointError("load the statistics", subject=folder, got=got, expected=f"{SCHEMA} version {VERSION}", hint="Use the kanformer that wrote it.")
     try:
         stats = ModelStats(_unpack(content["layers"], tensors), data=_unpack(content["data"], tensors), model=content["model"])
         stats.logits, stats.logits_note = _unpack(content["logits"], tensors), content["logits_note"]
+        stats.header = _unpack(content.get("header"), tensors)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("load the statistics", subject=folder, got=f"files that do not belong together ({error})") from error
     return stats

@@ -15,7 +15,7 @@ from kanformer.interpret.collecting.tokens import content_seed
 
 IGNORED = -100
 UserLoss = Callable[[Any, Mapping[str, Any]], Tensor]
-_CAUSAL, _MASKED = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM",)
+_CAUSAL, _MASKED, _SEQUENCES = ("ForCausalLM", "LMHeadModel"), ("ForMaskedLM",), ("ForConditionalGeneration",)
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Objective:
     - loss(outputs, batch), the user's: a scalar, the mean over the batch's tokens (padding left out).
     - labels in the batch: the model's own `outputs.loss`.
     - a causal language model without labels: cross-entropy of each next token; a masked one: of every token at its own place, nothing masked
-      (mask them yourself and give labels for its training objective).
-    - an encoder without a head: how far the final hidden state moves, the mean over tokens of |h - h0|^2 / |h0|^2 with h0 as the model gives it now.
-      Its gradient there is zero, its curvature is not: `effect` is all second order.
+      (mask them yourself and give labels for its training objective); an encoder-decoder with decoder_input_ids: of each next one of these.
+    - an encoder without a head: how far the final hidden state moves, the mean over tokens of |h - h0|^2 / |h0|^2 with h0 as the model gives it now;
+      any other head without labels: how far its logits move. The gradient there is zero, the curvature is not: `effect` is all second order.
 
     The curvature of a cross-entropy is that of labels drawn from the model's own predictions (the Gauss-Newton matrix, Martens 2020, arXiv
     1412.1193, section 9), of the hidden state's movement that of a Gaussian projection. Another loss gives its own gradients (the empirical
@@ -58,7 +58,7 @@ class Objective:
             raise ConfigError("choose a loss", got=repr(loss), expected="a function of (outputs, batch) that gives a scalar")
         self.model, self.user, self.name = model, loss, "loss"
         kind = type(model).__name__
-        self.causal, self.masked = kind.endswith(_CAUSAL), kind.endswith(_MASKED)
+        self.causal, self.masked, self.sequences = kind.endswith(_CAUSAL), kind.endswith(_MASKED), kind.endswith(_SEQUENCES)
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any], reference: Any = None, probes: int = 0) -> Measured:
         """The loss of one batch.
@@ -83,23 +83,36 @@ class Objective:
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
             return self._labelled(outputs, batch, logits, labels, probes)
-        ids = batch.get("input_ids")
-        if logits is not None and isinstance(ids, Tensor) and (self.causal or self.masked) and logits.shape[:2] == ids.shape:
-            self.name = "cross-entropy of the next token" if self.causal else "cross-entropy of the visible token"
-            mask = batch.get("attention_mask")
-            return _cross_entropy(*self._aligned(logits, ids if mask is None else ids.masked_fill(mask == 0, IGNORED)), batch, probes)
-        hidden = outputs if isinstance(outputs, Tensor) else _field(outputs, "last_hidden_state")
-        if hidden is None or logits is not None:
+        predicted = self._predicted(logits, batch)
+        if logits is not None and predicted is not None:
+            self.name = "cross-entropy of the visible token" if self.masked else "cross-entropy of the next token"
+            return _cross_entropy(*(_shifted if not self.masked else _in_place)(logits, predicted), batch, probes)
+        what, hidden = _moving(outputs)
+        if hidden is None:
             raise DataError(
                 "compute the loss",
                 subject=type(self.model).__name__,
-                got=f"a batch of {sorted(batch)}",
+                got=f"a batch of {sorted(batch)} and no hidden state or logits in the outputs",
                 expected="labels in it",
                 hint="Add labels to the batches, or pass loss=a function of (outputs, batch).",
             )
-        self.name = "movement of the final hidden state"
-        before = reference if isinstance(reference, Tensor) else _field(reference, "last_hidden_state")
+        self.name = f"movement of the {what}"
+        before = _moving(reference)[1]
+        assert before is not None
         return _movement(hidden, before.detach(), batch, max(1, probes) if hidden.requires_grad else 0, reference is outputs)
+
+    def needs_reference(self, outputs: Any, batch: Mapping[str, Any]) -> bool:
+        """Whether the loss of this batch is a movement, away from a `reference`."""
+        return self.user is None and not isinstance(batch.get("labels"), Tensor) and self._predicted(_field(outputs, "logits"), batch) is None
+
+    def _predicted(self, logits: Tensor | None, batch: Mapping[str, Any]) -> Tensor | None:
+        """The ids that a language model predicts without labels, (sequences, length) with `IGNORED` for padding, or None for other models."""
+        prefix = "decoder_" if self.sequences else ""
+        ids, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
+        known = self.causal or self.masked or self.sequences
+        if not known or logits is None or not isinstance(ids, Tensor) or logits.shape[:2] != ids.shape:
+            return None
+        return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
 
     def _users(self, outputs: Any, batch: Mapping[str, Any]) -> Measured:
         assert self.user is not None
@@ -128,7 +141,21 @@ class Objective:
         return Measured(value * own.count, own.count, own.sequences, own.counts, own.probes)
 
     def _aligned(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return (logits[:, :-1], labels[:, 1:]) if self.causal else (logits, labels)
+        return (_shifted if self.causal else _in_place)(logits, labels)
+
+
+def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :-1], labels[:, 1:]
+
+
+def _in_place(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits, labels
+
+
+def _moving(outputs: Any) -> tuple[str, Tensor | None]:
+    """What moves in outputs without a loss, and its name."""
+    logits, hidden = _field(outputs, "logits"), outputs if isinstance(outputs, Tensor) else _field(outputs, "last_hidden_state")
+    return ("logits", logits) if logits is not None else ("final hidden state", hidden)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, batch: Mapping[str, Any], probes: int) -> Measured:
@@ -161,7 +188,7 @@ def _movement(hidden: Tensor, before: Tensor, batch: Mapping[str, Any], probes: 
     """|h - h0|^2 / |h0|^2 per token of hidden states (sequences, ..., d)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden, before = hidden.to(wide), before.to(wide)
-    mask = batch.get("attention_mask")
+    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     kept = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
     if isinstance(mask, Tensor) and mask.shape == kept.shape:
         kept = mask != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from kanformer.interpret.scoring.table import Scores, Table, top_of
 
 if TYPE_CHECKING:
     from kanformer.interpret.logits import LogitEffect
+    from kanformer.interpret.truth.header import Faithfulness
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class ModelStats(dict[str, LayerStats]):
         data: what they rest on.
         logits: direct effect of each residual channel on the vocabulary, or None with the reason in `logits_note`.
         model: class of the model.
+        header: how much of the original the model is, None until it is put there: `stats.header = faithfulness(model, batches, stats=stats)`.
     """
 
     def __init__(self, layers=(), *, data: DataUsed | None = None, model: str = "") -> None:
@@ -125,6 +127,7 @@ class ModelStats(dict[str, LayerStats]):
         self.data, self.model = data or DataUsed(), model
         self.logits: LogitEffect | None = None
         self.logits_note = ""
+        self.header: Faithfulness | None = None
 
     def layer(self, layer: str | int) -> LayerStats:
         """A block by path or number; negative numbers count from the end.
@@ -137,8 +140,9 @@ class ModelStats(dict[str, LayerStats]):
         return self[pick_layer(self, layer)]
 
     def top(self, n: int = 20, by: str | None = None, functions: bool = False) -> Table:
-        """The first n edges of the whole model, see `Scores.top`."""
-        return top_of([one for layer in self.values() for one in (layer.functions if functions else layer.scores).values()], n, by)
+        """The first n edges of the whole model, see `Scores.top`, under the header."""
+        found = [one for layer in self.values() for one in (layer.functions if functions else layer.scores).values()]
+        return replace(top_of(found, n, by), header=self.header)
 
     def save(self, folder: str | Path) -> None:
         """Writes statistics, contexts and scores as safetensors and JSON, whole or not at all; `load_stats(folder)` gives them back to the bit."""

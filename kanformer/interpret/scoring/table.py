@@ -9,14 +9,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kanformer.errors import CheckpointError, ConfigError, did_you_mean
+from kanformer.errors import ConfigError, did_you_mean
+from kanformer.interpret.parquet import write_parquet
 
-SCHEMA, VERSION = "kanformer.scores", 1
+if TYPE_CHECKING:
+    from kanformer.interpret.truth.header import Faithfulness
+
+SCHEMA, VERSION = "kanformer.scores", 2  # 1 had no header
 DEFAULT_RANKS = ("effect", "sens", "std")
 
 
@@ -89,12 +93,14 @@ class Table:
     Attributes:
         columns: layer, map, output, input (-1: all outputs), then the scores.
         by: what they are ordered by. total: how many there are in all, these included. remainder: sum of `by` over the others.
+        header: how much of the original the model is, where the statistics know.
     """
 
     columns: dict[str, list]
     by: str = ""
     total: int = 0
     remainder: float = 0.0
+    header: Faithfulness | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), []))
@@ -120,27 +126,21 @@ class Table:
         return _written(text.getvalue(), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """JSON text, also written to `path`: {"schema": "kanformer.scores", "version": 1, "by", "total", "remainder", "columns", "rows"}; null: not finite."""
+        """JSON text, also written to `path`: {"schema": "kanformer.scores", "version": 2, "header", "by", "total", "remainder", "columns", "rows"}; null:
+        not finite, and no header."""
         rows = [[_plain(value) for value in row] for row in zip(*self.columns.values(), strict=True)]
-        found = {"schema": SCHEMA, "version": VERSION, "by": self.by, "total": self.total, "remainder": _plain(self.remainder)}
+        header = None if self.header is None else self.header.to_dict()
+        found = {"schema": SCHEMA, "version": VERSION, "header": header, "by": self.by, "total": self.total, "remainder": _plain(self.remainder)}
         return _written(json.dumps({**found, "columns": list(self.columns), "rows": rows}, allow_nan=False) + "\n", path)
 
     def to_parquet(self, path: str | Path) -> None:
-        """A parquet file, with schema and version in its metadata.
+        """A parquet file, with schema, version and header (as JSON) in its metadata.
 
         Raises:
             ConfigError: pyarrow is not installed (`pip install pyarrow`; datasets brings it). CheckpointError: it cannot be written.
         """
-        try:
-            import pyarrow
-            import pyarrow.parquet as parquet
-        except ImportError as error:
-            raise ConfigError("write a parquet file", subject=path, got="no pyarrow", hint="pip install pyarrow, or use to_csv.") from error
-        found = pyarrow.table(self.columns).replace_schema_metadata({"schema": SCHEMA, "version": str(VERSION), "by": self.by, "total": str(self.total)})
-        try:
-            parquet.write_table(found, path)
-        except OSError as error:
-            raise CheckpointError("write a file", subject=path, got=error.strerror or str(error)) from error
+        header = {} if self.header is None else {"header": json.dumps(self.header.to_dict())}
+        write_parquet(self.columns, path, {"schema": SCHEMA, "version": str(VERSION), **header, "by": self.by, "total": str(self.total)})
 
 
 def top_of(scores: Sequence[Scores], n: int, by: str | None) -> Table:

@@ -13,7 +13,7 @@ from kanformer.interpret.symbolic.fits import OUTCOMES, Candidate, MapFits, Symb
 from kanformer.interpret.symbolic.formula import Formula
 from kanformer.interpret.symbolic.library import register_function, unregister_function
 from kanformer.interpret.symbolic.snapping import Snapped, snap, unsnap
-from kanformer.interpret.symbolic.tables import write_csv, write_json
+from kanformer.interpret.symbolic.tables import write_csv, write_json, write_parquet
 
 __all__ = [
     "OUTCOMES",
@@ -36,4 +36,5 @@ __all__ = [
     "unsnap",
     "write_csv",
     "write_json",
+    "write_parquet",
 ]

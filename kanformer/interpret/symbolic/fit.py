@@ -19,6 +19,7 @@ from kanformer.interpret.symbolic import outcomes
 from kanformer.interpret.symbolic.candidates import fit_candidates
 from kanformer.interpret.symbolic.fits import MapFits, SymbolicFits
 from kanformer.interpret.symbolic.functions import Chosen, values_at
+from kanformer.interpret.symbolic.importance import first_by_loss, scores_of
 from kanformer.interpret.symbolic.library import Family, choose
 from kanformer.interpret.symbolic.nodes import NodeScale, node_scale
 from kanformer.interpret.symbolic.points import NODES, Points, make_points
@@ -73,13 +74,13 @@ def fit_symbolic(
     Args:
         model, stats: the model that `collect` ran and what it returned.
         layer: path or number of a block, or several; None means all. map: "kan_functions", "kan_up", "kan_gate" or "kan_down"; None means all.
-        edges: None for all functions; a number for the top k of each map by `score_layer`; or the functions themselves: groups (shared edges),
-            pairs (input, output) (full edges).
+        edges: None for all functions; a number for the top k of each map by `effect` or `sens` where `collect` was asked for them, else by
+            `score_layer`; or the functions themselves: groups (shared edges), pairs (input, output) (full edges).
         library: names of families, see `kanformer.interpret.symbolic.library`; None means all, registered ones too.
         tol_node: largest error relative to the node's standard deviation. r2_min: least R2, in [0, 1].
         tie: R2 within which families count as equally good. negligible: weight below which a function is a constant to its node.
-        node_std: standard deviations of the outputs, (out,), by path and map, for full edges; else they are those of the next map's inputs where
-            that map sees them, or come from the edges' variances as if those were uncorrelated.
+        node_std: standard deviations of the outputs, (out,), by path and map, for full edges; else they are the outputs' own, as `collect` measured
+            them, or without any (`scores=()`) come from the edges' variances as if those were uncorrelated.
         progress: called with a line of text per map.
 
     Raises:
@@ -103,12 +104,14 @@ def fit_symbolic(
             given = (node_std or {}).get(seen.path, {}).get(name)
             scale = node_scale(block, seen, name, module, points, given)
             one = fit_map(module, points, chosen, families, tolerances, scale, where=where)
-            found.setdefault(seen.path, {})[name] = _labelled(one, seen, name)
+            by, worth = scores_of(seen, name, chosen)
+            one = replace(one, path=seen.path, map=name, tokens=seen.maps[name].count, score_name=by, score=worth)
+            found.setdefault(seen.path, {})[name] = one
             if progress is not None:
                 progress(f"{where}: " + ", ".join(f"{count:,} {outcome}" for outcome, count in found[seen.path][name].counts().items() if count))
     if not found:
         raise DataError("fit formulas", subject=type(model).__name__, got="no map with learned functions", hint="Blocks with edges='mlp' have none.")
-    return SymbolicFits(found)
+    return SymbolicFits(found, getattr(stats, "header", None))
 
 
 def fit_module(
@@ -159,7 +162,7 @@ def fit_map(
                 for name, value in outcomes.decide(fitted, values, node.to(device), weighting.to(device), tolerances, keep, label_family(base)).items()
             }
         )
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     x = points.centre.unsqueeze(1) + points.scale.unsqueeze(1) * points.nodes[:, :NODES]
     return MapFits(
         path="",
@@ -200,15 +203,13 @@ def _layers(model: nn.Module, stats: Mapping[str, LayerStats] | LayerStats, laye
             yield block, seen
 
 
-def _labelled(one: MapFits, seen: LayerStats, name: str) -> MapFits:
-    return replace(one, path=seen.path, map=name, tokens=seen.maps[name].count)
-
-
 def _chosen(block, seen: LayerStats, name: str, module: EdgeFunctions | KANLinear, edges: Edges) -> Chosen:
     if edges is None:
         return every(module)
     if isinstance(edges, int):
-        ranked = score_layer(block, seen, top=edges)[name]
+        if edges < 1:
+            raise ConfigError("choose edges", subject=f"{seen.path}, {name}", got=f"edges={edges}", expected="at least 1")
+        ranked = first_by_loss(seen, name, edges) or score_layer(block, seen, top=edges)[name]
         return _sorted(ranked.input, ranked.output)
     try:
         wanted = torch.as_tensor(edges if isinstance(edges, Tensor) else list(edges), dtype=torch.int64)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kanformer.errors import ConfigError
 from kanformer.surgery.tables import table
+
+if TYPE_CHECKING:
+    from kanformer.interpret.truth.header import Faithfulness
 
 OUTCOMES = ("negligible", "linear", "unique", "ambiguous", "unsnappable")
 NEGLIGIBLE, LINEAR, UNIQUE, AMBIGUOUS, UNSNAPPABLE = range(5)
@@ -54,6 +57,7 @@ class MapFits:
             search's grid only, a lower bound. equivalent: (n, families) the accepted families within `tie` of the best.
         nodes: (inputs, 64) x at equal masses of data, by input. candidates: (n, families, 5) numbers of all families, or None for large maps.
         node_source: how the nodes' deviations were known: "measured", "given", or "independent" (edges taken to be uncorrelated).
+        score, score_name: what the function is worth to the loss, "effect" or "sens" of the statistics; NaN: not kept; None and "": not collected.
         settings: tol_node, r2_min, tie, negligible.
     """
 
@@ -85,6 +89,8 @@ class MapFits:
     n_functions: int
     node_source: str
     settings: dict[str, float] = field(default_factory=dict)
+    score: Tensor | None = None
+    score_name: str = ""
 
     def __len__(self) -> int:
         return len(self.input)
@@ -98,6 +104,15 @@ class MapFits:
     def effect(self) -> Tensor:
         """(n,) rms error that the formula puts into the node (with shared edges: into all outputs together), over its standard deviation."""
         return self.weight * (1 - self.r2).clamp(min=0).sqrt()
+
+    @property
+    def loss_effect(self) -> Tensor | None:
+        """(n,) what the formula's error may do to the loss, by size: |effect| (1 - R2), for a mean ablation's second order falls with the variance that is
+        left, or sens sqrt(1 - R2). None where a score is missing."""
+        if self.score is None or bool(self.score.isnan().any()):
+            return None
+        left = (1 - self.r2).clamp(min=0)
+        return self.score.abs() * (left if self.score_name == "effect" else left.sqrt())
 
     def counts(self) -> dict[str, int]:
         """How many functions have each outcome."""
@@ -148,7 +163,8 @@ class MapFits:
         names = ("input", "output", "outcome", "family", "numbers", "r2", "r2_uniform", "nrmse", "weight", "max_error")
         names += ("std", "condition", "low", "high", "table", "equivalent")
         candidates = None if self.candidates is None else self.candidates[places]
-        return replace(self, **{name: getattr(self, name)[places] for name in names}, candidates=candidates)
+        score = None if self.score is None else self.score[places]
+        return replace(self, **{name: getattr(self, name)[places] for name in names}, candidates=candidates, score=score)
 
     def formula(self, place: int, *, nice: bool = False):
         """The chosen formula as a `Formula`; `nice`: with short constants where the tolerance allows."""
@@ -158,10 +174,14 @@ class MapFits:
 
 
 class SymbolicFits(Mapping[str, dict[str, MapFits]]):
-    """`MapFits` by the block's path and the map's name. `print(fits)` shows how many functions of each layer had each outcome."""
+    """`MapFits` by the block's path and the map's name. `print(fits)` shows how many functions of each layer had each outcome.
 
-    def __init__(self, maps: dict[str, dict[str, MapFits]]) -> None:
-        self._maps = maps
+    Attributes:
+        header: how much of the original the model is, where the statistics knew; with `snapped=` where that was measured.
+    """
+
+    def __init__(self, maps: dict[str, dict[str, MapFits]], header: Faithfulness | None = None) -> None:
+        self._maps, self.header = maps, header
 
     def __getitem__(self, path: str) -> dict[str, MapFits]:
         return self._maps[path]

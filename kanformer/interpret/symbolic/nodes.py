@@ -52,9 +52,9 @@ def node_scale(
         if given.shape != (module.out_features,) or not bool((given > 0).all()):
             raise ShapeError("fit formulas", got=f"node_std of shape {tuple(given.shape)}", expected=f"({module.out_features},), all above 0")
         return NodeScale(given.double().cpu(), None, "given")
-    known = None if seen is None else seen.outputs.get(name)
-    if known is not None and known.count and bool((known.variance > 0).all()):
-        return NodeScale(known.variance.sqrt(), None, "measured")
+    measured = None if seen is None else seen.outputs.get(name)
+    if measured is not None and measured.count:
+        return NodeScale(measured.variance.double().sqrt(), None, "measured")
     if block is not None and seen is not None and name == "kan_up" and block.activation_in_down and not block.gated:
         return NodeScale(seen.maps["kan_down"].variance.sqrt(), None, "measured")  # what the down map reads is what the up map wrote
     return NodeScale(_independent(module, points), None, "independent")
@@ -69,7 +69,10 @@ def _shared_scale(block: KANFeedForward | None, seen: LayerStats | None, module:
     weight = cast(Tensor, block.kan_down.weight).detach()
     channels = seen.hidden_variance * plain(torch.linalg.vector_norm(weight.float(), dim=0)).double().square()
     groups = channels.view(module.groups, -1).sum(1)
-    return NodeScale(None, (groups / groups.sum().clamp(min=1e-300)).sqrt() / deviation.clamp(min=1e-300), "measured")
+    measured = seen.outputs.get("kan_down")
+    known = measured is not None and measured.count > 0
+    total = measured.variance.double().sum() if measured is not None and known else groups.sum()
+    return NodeScale(None, (groups / total.clamp(min=1e-300)).sqrt() / deviation.clamp(min=1e-300), "measured" if known else "independent")
 
 
 def _independent(module: KANLinear, points: Points) -> Tensor:

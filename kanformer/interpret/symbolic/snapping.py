@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from kanformer.errors import ConfigError, DataError, ShapeError, SurgeryError
 from kanformer.interpret.blocks import find_blocks
+from kanformer.interpret.collecting.losses import UserLoss
+from kanformer.interpret.collecting.mean_loss import MeanLoss
 from kanformer.interpret.symbolic.fits import MapFits, SymbolicFits
-from kanformer.interpret.symbolic.losses import Loss, Measure
 from kanformer.layers.formulas import formulas_out, make_formulas
 from kanformer.layers.grids import GridModule
 from kanformer.surgery.snapped import record_changes, rows_of
@@ -61,7 +62,7 @@ def snap(
     *,
     loss_budget: float | None = None,
     batches: Iterable[Mapping[str, Any]] | None = None,
-    loss: Loss | None = None,
+    loss: UserLoss | None = None,
     sensitivity: Mapping[str, Mapping[str, Tensor]] | None = None,
     trainable: bool = False,
     inplace: bool = False,
@@ -69,16 +70,18 @@ def snap(
     """Replaces every function that has an accepted formula by it (negligible ones by a constant), and measures what that does.
 
     A snapped model saves and loads like any patched one. The splines stay stored beside their formulas, unused, so that `unsnap` gives them back.
-    Where the loss rises by more than `loss_budget`, the formulas with the largest predicted effect are reverted, as many as needed (to 1/64 of all).
+    Where the loss rises by more than `loss_budget`, the formulas with the largest predicted effect are reverted, as many as needed (to 1/64 of all):
+    by `MapFits.loss_effect` if the statistics of all fits had `effect` or `sens`, else by their errors relative to their nodes.
 
     Args:
         model: the model that was fitted. It is not touched unless `inplace`.
         fits: what `fit_symbolic` returned.
         loss_budget: how much the loss may rise, >= 0; needs batches. None: no limit.
-        batches: data to measure the loss on, see `Measure`: labels make it the model's own loss.
-        loss: (outputs, batch) -> number, instead of the model's own.
+        batches: data to measure the loss on, see `Objective`: the model's own loss with labels, a language model's cross-entropy, else how far the
+            outputs move from those with the splines.
+        loss: (outputs, batch) -> scalar tensor, the mean over the batch's tokens, instead.
         sensitivity: factors of the predicted effect by path and map: of each output, (out,), or each group, (groups,), such as rms gradients.
-            None: the formulas' errors count relative to their nodes.
+            None: they count alike.
         trainable: whether the numbers a, t, c, e, d become parameters.
         inplace: change the model itself.
 
@@ -91,7 +94,7 @@ def snap(
     if loss_budget is not None and batches is None:
         raise ConfigError("snap functions", got="a loss_budget and no batches", hint="Give batches= to measure the loss on.")
     pairs = _pairs(model, fits)
-    measure = None if batches is None else Measure(batches, loss)
+    measure = None if batches is None else MeanLoss(model, batches, loss)
     if not inplace:
         model = copy.deepcopy(model)
         pairs = _pairs(model, fits)
@@ -140,11 +143,12 @@ class _Plan:
     def __init__(self, pairs: list[tuple[GridModule, MapFits]], sensitivity: Mapping[str, Mapping[str, Tensor]], trainable: bool) -> None:
         self.pairs, self.trainable = pairs, trainable
         self.places, effects, owners = [], [], []
+        predicted = _predicted([one for _, one in pairs])
         for number, (_, one) in enumerate(pairs):
             good = one.accepted & one.numbers.float().isfinite().all(1)
             places = good.nonzero().squeeze(1)
             self.places.append(places)
-            effects.append((one.effect * _factors(one, sensitivity))[places])
+            effects.append((predicted[number] * _factors(one, sensitivity))[places])
             owners.append(torch.full((len(places),), number))
         self.order = torch.cat(effects).argsort(stable=True)
         self.owner = torch.cat(owners)
@@ -177,6 +181,13 @@ class _Plan:
             yield
 
 
+def _predicted(fits: list[MapFits]) -> list[Tensor]:
+    """Predicted effects of formulas, (n,) each; of one kind, or they could not be put into one order."""
+    by_loss = [one.loss_effect for one in fits]
+    found = [effect for effect in by_loss if effect is not None]
+    return found if len(found) == len(fits) and len({one.score_name for one in fits}) == 1 else [one.effect for one in fits]
+
+
 def _factors(one: MapFits, sensitivity: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     given = sensitivity.get(one.path, {}).get(one.map)
     if given is None:
@@ -187,7 +198,7 @@ def _factors(one: MapFits, sensitivity: Mapping[str, Mapping[str, Tensor]]) -> T
     return given.double().cpu()[where]
 
 
-def _snapped(model: nn.Module, plan: _Plan, measure: Measure | None, budget: float | None) -> Snapped:
+def _snapped(model: nn.Module, plan: _Plan, measure: MeanLoss | None, budget: float | None) -> Snapped:
     losses: list[dict[str, Any]] = []
 
     def look(step: str, count: int) -> float:

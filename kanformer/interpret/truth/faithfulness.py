@@ -1,10 +1,8 @@
-"""The numbers that stand above every figure and report: how much of the original the patched model is."""
+"""Measuring the header: the losses of a model, of what it was, and of what was made of it, on the same data."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,60 +11,15 @@ from torch import nn
 from kanformer.conversion import processes
 from kanformer.conversion.batches import run_batches
 from kanformer.errors import DataError
+from kanformer.interpret.blocks import find_blocks
 from kanformer.interpret.collect import collect
 from kanformer.interpret.collecting.losses import Objective, UserLoss
-from kanformer.interpret.collecting.stats import ModelStats
+from kanformer.interpret.collecting.stats import DataUsed, ModelStats
+from kanformer.interpret.truth.header import Faithfulness
 from kanformer.interpret.truth.hold import Positions, all_held
 from kanformer.ops import use_backend
 
-
-@dataclass(frozen=True)
-class Faithfulness:
-    """Losses per predicted token (or what the loss is a mean over), all on the same data; None where there is no such model.
-
-    Attributes:
-        patched, all_ablated: of the model, and of the model with every learned function at its mean.
-        original, pruned, snapped: of the model before it was patched, and of what was made of it.
-        loss_name: see `Objective`. data: name of the data. tokens: that are no padding. scored: what the losses are means over. sequences, batches.
-    """
-
-    patched: float
-    all_ablated: float
-    original: float | None = None
-    pruned: float | None = None
-    snapped: float | None = None
-    loss_name: str = ""
-    data: str = ""
-    tokens: int = 0
-    scored: float = 0.0
-    sequences: int = 0
-    batches: int = 0
-
-    def recovered(self, loss: float | None = None) -> float | None:
-        """(all_ablated - loss) / (all_ablated - original) of a loss, None means the patched model's: 1 is the original, 0 no functions at all.
-
-        None without an original, or where ablating everything costs nothing. Source: Bricken et al. 2023, Towards monosemanticity.
-        """
-        if self.original is None or self.all_ablated <= self.original:
-            return None
-        return (self.all_ablated - (self.patched if loss is None else loss)) / (self.all_ablated - self.original)
-
-    def replace(self, **losses: Any) -> Faithfulness:
-        """The same with other numbers, for example pruned=."""
-        return dataclasses.replace(self, **losses)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All numbers, and `recovered` of each loss that there is."""
-        names = [name for name in ("patched", "pruned", "snapped") if getattr(self, name) is not None]
-        return {**dataclasses.asdict(self), "recovered": {name: self.recovered(getattr(self, name)) for name in names}}
-
-    def __str__(self) -> str:
-        losses = [(name.replace("_", " "), getattr(self, name)) for name in ("original", "patched", "pruned", "snapped", "all_ablated")]
-        text = ", ".join(f"{name} {value:.6g}" for name, value in losses if value is not None)
-        share = self.recovered()
-        recovered = "" if share is None else f"; loss recovered {share:.4f}"
-        where = f"{self.data}: " if self.data else ""
-        return f"{self.loss_name}: {text}{recovered} ({where}{self.tokens:,} tokens in {self.sequences:,} sequences, {self.batches:,} batches)"
+__all__ = ["Faithfulness", "faithfulness"]
 
 
 def faithfulness(
@@ -74,6 +27,8 @@ def faithfulness(
     batches: Iterable[Mapping],
     *,
     original: nn.Module | None = None,
+    pruned: nn.Module | None = None,
+    snapped: nn.Module | None = None,
     stats: ModelStats | None = None,
     loss: UserLoss | None = None,
     name: str = "",
@@ -82,14 +37,17 @@ def faithfulness(
 
     Args:
         model: a patched model. batches: kept as a list.
-        original: the model that was patched; of an encoder without a head the movement is then away from its hidden states, else from `model`'s.
-        stats: where the means come from, see `collect`; None gathers them from these batches.
+        original: the model that was patched; a movement (see `Objective`) is then away from its outputs, else from `model`'s.
+        pruned, snapped: what was made of `model`.
+        stats: where the means come from, see `collect`; None, and statistics of some layers only or without scores, gathers them from these batches.
         loss: see `Objective`. name: of the data.
     """
     batches = [batches] if isinstance(batches, Mapping) else list(batches)
-    if stats is None:
-        stats = collect(model, batches, 2**62, scores=("std",))
-    tally = _Tally(model, original, stats, loss)
+    if stats is None or not _knows_all(stats, model):
+        known = stats.data if stats is not None else DataUsed()
+        stats = collect(model, batches, 2**62, scores=("std",), skip_first_token=known.skip_first_token, name=known.name)
+    others = {"original": original, "pruned": pruned, "snapped": snapped}
+    tally = _Tally(model, {key: other for key, other in others.items() if other is not None}, stats, loss)
     with use_backend("eager"):
         processes.together("measure the losses", lambda: tally.run(batches))
     return tally.result(name or stats.data.name)
@@ -98,10 +56,11 @@ def faithfulness(
 class _Tally:
     """Sums over batches."""
 
-    def __init__(self, model: nn.Module, original: nn.Module | None, stats: ModelStats, loss: UserLoss | None) -> None:
-        self.model, self.original, self.stats, self.objective = model, original, stats, Objective(model, loss)
+    def __init__(self, model: nn.Module, others: dict[str, nn.Module], stats: ModelStats, loss: UserLoss | None) -> None:
+        self.model, self.others, self.stats, self.objective = model, others, stats, Objective(model, loss)
         self.positions = Positions(stats.data.skip_first_token)
-        self.sums = torch.zeros(7, dtype=torch.float64)  # losses of patched, ablated, original; counts, tokens, sequences, batches
+        self.names = ("patched", "all_ablated", *others)
+        self.sums = torch.zeros(len(self.names) + 4, dtype=torch.float64)  # losses; counts, tokens, sequences, batches
 
     @torch.no_grad()
     def run(self, batches: list[Mapping]) -> None:
@@ -111,26 +70,30 @@ class _Tally:
             def look(key: str, found: dict = found) -> Callable:
                 return lambda outputs, given: found.update({key: outputs, "inputs": given})
 
+            for key, other in self.others.items():
+                run_batches(other, [batch], look=look(key))
             run_batches(self.model, [batch], look=look("patched"))
             inputs = found["inputs"]
             self.positions.start(inputs)
             with all_held(self.model, self.stats, self.positions):
-                run_batches(self.model, [inputs], look=look("ablated"))
-            if self.original is not None:
-                run_batches(self.original, [batch], look=look("original"))
+                run_batches(self.model, [inputs], look=look("all_ablated"))
             reference = found.get("original", found["patched"])
-            measured = [self.objective(found[key], inputs, reference) if key in found else None for key in ("patched", "ablated", "original")]
-            losses = [0.0 if one is None else float(one.total) for one in measured]
-            assert measured[0] is not None
-            self.sums += torch.tensor([*losses, measured[0].count, *_size(inputs), 1.0], dtype=torch.float64)
+            measured = {key: self.objective(found[key], inputs, reference) for key in self.names}
+            losses = [float(one.total) for one in measured.values()]
+            self.sums += torch.tensor([*losses, measured["patched"].count, *_size(inputs), 1.0], dtype=torch.float64)
 
     def result(self, name: str) -> Faithfulness:
-        patched, ablated, original, scored, tokens, sequences, batches = processes.reduced(self.sums).tolist()
+        *losses, scored, tokens, sequences, batches = processes.reduced(self.sums).tolist()
         if not scored:
             raise DataError("measure the losses", got="nothing to predict", expected="batches with sequences of two tokens or more, or labels")
-        before = original / scored if self.original is not None else None
-        numbers = {"loss_name": self.objective.name, "data": name, "tokens": int(tokens), "sequences": int(sequences), "batches": int(batches)}
-        return Faithfulness(patched / scored, ablated / scored, before, scored=scored, **numbers)
+        means: dict[str, Any] = {key: total / scored for key, total in zip(self.names, losses, strict=True)}
+        numbers: dict[str, Any] = {"tokens": int(tokens), "sequences": int(sequences), "batches": int(batches)}
+        return Faithfulness(**means, loss_name=self.objective.name, data=name, scored=scored, **numbers)
+
+
+def _knows_all(stats: ModelStats, model: nn.Module) -> bool:
+    """Whether there are means of every block that a token reached."""
+    return set(find_blocks(model)) <= set(stats) and all("kan_down" in layer.outputs for layer in stats.values() if layer.tokens)
 
 
 def _size(inputs: Mapping[str, Any]) -> tuple[float, float]:
